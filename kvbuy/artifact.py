@@ -1,0 +1,216 @@
+"""An artifact as a file on disk: written whole or not at all, read strictly, every byte under a digest.
+
+It moves bytes between a file and buffers that the caller owns. It does not know what a cache or a model is.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Self
+
+from blake3 import blake3
+
+from kvbuy.errors import DamagedError, ExistsError, StoreError
+from kvbuy.manifest import Manifest, Tensor, chain_blocks, parse_manifest
+
+SUFFIX = ".kv.safetensors"
+MAX_HEADER = 100_000_000  # what safetensors itself accepts
+
+Buffer = bytes | bytearray | memoryview
+
+
+def content_digest(buffers: Iterable[Buffer]) -> str:
+    """The hex BLAKE3-256 of the buffers' bytes, in order."""
+    hasher = blake3()
+    for buffer in buffers:
+        hasher.update(buffer)
+    return hasher.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """An opened artifact: its manifest has been parsed, its contents not yet read."""
+
+    path: Path
+    manifest: Manifest
+    id: str
+    header_bytes: int
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Read and check the header.
+
+        Raises:
+            StoreError: there is no such file, or it cannot be read.
+            DamagedError: it is no artifact, or breaks the format law.
+        """
+        try:
+            with path.open("rb") as file:
+                header = _read_header(file)
+                size = os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
+            raise StoreError(f"there is no artifact {path}", hint=f"make one: kvbuy precompute {_stem(path)}") from None
+        except OSError as error:
+            raise StoreError(f"cannot read {path}: {error.strerror}") from error
+        manifest = parse_manifest(_manifest_bytes(header))
+        if manifest.header() != header:
+            raise DamagedError(f"{path.name}: the file's header is not the one its manifest implies")
+        if size != len(header) + manifest.data_bytes():
+            wanted = len(header) + manifest.data_bytes()
+            raise DamagedError(f"{path.name} has {size} bytes, its manifest implies {wanted}", hint="fetch it again")
+        return cls(path=path, manifest=manifest, id=manifest.sha256(), header_bytes=len(header))
+
+    def read_block(self, index: int, views: Sequence[memoryview]) -> None:
+        """Read one block into `views`, which together have its size, and check the digest of what was read.
+
+        Raises:
+            DamagedError: the bytes do not match the digest.
+        """
+        tensors = self.manifest.block_tensors(index)
+        if tensors:
+            self._read(f"block {index}", tensors[0].start, views, digest=self.manifest.blocks[index].digest)
+
+    def read_state(self, index: int, view: memoryview) -> None:
+        """Read the state tensor `manifest.state[index]` into `view` and check its digest (DamagedError)."""
+        tensor = self.manifest.state_tensors()[index]
+        self._read(tensor.name, tensor.start, [view], digest=self.manifest.state[index].digest)
+
+    def read_tokens(self) -> tuple[int, ...]:
+        """The document's token ids, digest checked (DamagedError)."""
+        tensor, _ = self.manifest.side_tensors()
+        raw = self._read_side(tensor, digest=self.manifest.document.tokens_digest)
+        return struct.unpack(f"<{len(raw) // 4}i", raw)
+
+    def read_text(self) -> str:
+        """The text that was tokenised, digest checked (DamagedError)."""
+        _, tensor = self.manifest.side_tensors()
+        raw = self._read_side(tensor, digest=self.manifest.document.text_digest)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            raise DamagedError(f"{self.path.name}: the stored text is not UTF-8") from None
+
+    def check_blocks(self) -> None:
+        """Check every digest and the chain of block ids: is the artifact intact?
+
+        Raises:
+            DamagedError: it is not; the message says where.
+        """
+        tokens = self.read_tokens()
+        self.read_text()
+        if min(tokens) < 0:
+            raise DamagedError(f"{self.path.name}: a token id is negative")
+        manifest = self.manifest
+        digests = [block.digest for block in manifest.blocks]
+        chain = chain_blocks(tokens, fingerprint=manifest.fingerprint, profile=manifest.profile, digests=digests)
+        if chain != manifest.blocks:
+            raise DamagedError(f"{self.path.name}: the block ids are not the chain of its tokens")
+        for index in range(len(manifest.blocks)):
+            self.read_block(index, [memoryview(bytearray(sum(t.size for t in manifest.block_tensors(index))))])
+        for index, tensor in enumerate(manifest.state_tensors()):
+            self.read_state(index, memoryview(bytearray(tensor.size)))
+
+    def _read_side(self, tensor: Tensor, *, digest: str) -> bytes:
+        raw = bytearray(tensor.size)
+        self._read(tensor.name, tensor.start, [memoryview(raw)], digest=digest)
+        return bytes(raw)
+
+    def _read(self, what: str, start: int, views: Sequence[memoryview], *, digest: str) -> None:
+        hasher = blake3()
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.header_bytes + start)
+                for view in views:
+                    _fill(file, view)
+                    hasher.update(view)  # while the bytes are still in the core's cache
+        except OSError as error:
+            raise StoreError(f"cannot read {self.path}: {error.strerror}") from error
+        if hasher.hexdigest() != digest:
+            raise DamagedError(f"{self.path.name}: {what} does not match its digest", hint="fetch it again")
+
+
+def write_artifact(path: Path, manifest: Manifest, buffers: Iterable[Buffer], *, force: bool = False) -> Artifact:
+    """Write an artifact: to a temporary name, synced, then renamed. `buffers` are the data section, in file order.
+
+    Raises:
+        ExistsError: the file is there and `force` is not set.
+        StoreError: the file cannot be written (no space, no permission); nothing is left behind.
+    """
+    refuse_existing(path, force=force)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    header = manifest.header()
+    written = 0
+    try:
+        with temporary.open("xb") as file:
+            file.write(header)
+            for buffer in buffers:
+                written += file.write(buffer)
+            file.flush()
+            os.fsync(file.fileno())
+        if written != manifest.data_bytes():
+            raise AssertionError(f"{written} bytes written, the manifest implies {manifest.data_bytes()}")
+        refuse_existing(path, force=force)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return Artifact(path=path, manifest=manifest, id=manifest.sha256(), header_bytes=len(header))
+
+
+def refuse_existing(path: Path, *, force: bool) -> None:
+    """Raise ExistsError where `path` is there and `force` is not set."""
+    if path.exists() and not force:
+        raise ExistsError(f"{path} is there already", hint="give --force to replace it, or --out for another name")
+
+
+def _read_header(file: BinaryIO) -> bytes:
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or not 2 <= length <= MAX_HEADER:
+        raise DamagedError("this is not a safetensors file: its header length makes no sense")
+    body = file.read(length)
+    if len(body) < length:
+        raise DamagedError("the file is cut off inside its header", hint="fetch it again")
+    return prefix + body
+
+
+def _manifest_bytes(header: bytes) -> bytes:
+    """The manifest inside a header, found without trusting anything else in it."""
+    try:
+        entries = json.loads(header[8:])
+        manifest = entries["__metadata__"]["kvbuy"]
+        if not isinstance(manifest, str):
+            raise TypeError
+        return manifest.encode()
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise DamagedError("this safetensors file is no kvbuy artifact: it holds no manifest") from None
+
+
+def _fill(file: BinaryIO, view: memoryview) -> None:
+    while len(view) > 0:
+        count = file.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise DamagedError("the file ended early: it changed while it was read", hint="fetch it again")
+        view = view[count:]
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return  # Windows cannot open a folder
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(SUFFIX) + (".txt" if path.name.endswith(SUFFIX) else "")

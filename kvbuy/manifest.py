@@ -1,0 +1,357 @@
+"""The manifest: everything an artifact says about itself, and the format law.
+
+Format law, version 1 (MUST and MAY as in RFC 2119):
+
+ 1. An artifact is one safetensors file. Its `__metadata__` MUST hold exactly three keys: `format` = "pt", `kvbuy` = the
+    manifest, `kvbuy_id` = the lower-case hex SHA-256 of the manifest's UTF-8 bytes, which is the artifact's id.
+    (Any safetensors reader can open the file; one that knows kvbuy can check it.)
+ 2. The manifest MUST be canonical JSON (RFC 8785) and hold integers, strings, booleans, null, arrays and objects only.
+    (No floats, so that every language writes the same bytes.) A reader MUST refuse a manifest that it would not have
+    written itself: other spacing or order, a duplicate or unknown key, an unknown version, codec or layer kind.
+ 3. The file's header MUST be the one that the manifest implies, byte for byte: tensor names, dtypes, shapes, order and
+    offsets all follow from it. (So no header bit is free, and names can hold no surprises.) It is padded with spaces
+    to a multiple of 64 bytes. Tensors MUST fill the rest without hole or overlap.
+ 4. Tensors come in this order: block after block, in each layer after layer, `block.B.layer.L.key` and `.value` of
+    shape [heads, rows, dim]; then `state.L.NAME`; then `tokens` (I32, the document's token ids) and `text` (U8, the
+    UTF-8 text that was tokenised). (Block-major: a prefix of the document is a prefix of the file.)
+ 5. A block holds `profile.block_size` consecutive tokens; only the last MAY be shorter. Its `digest` is the BLAKE3-256
+    of its decoded tensors' bytes in file order; `tokens`, `text` and state tensors have digests of the same kind.
+    (BLAKE3, because SHA-256 would be the bottleneck of loading: README, "Measured".)
+ 6. A block's `id` is SHA-256("kvbuy block 1\\0" + parent id + SHA-256(fingerprint) + SHA-256(profile) + token ids as
+    little-endian int32); the first parent is 32 zero bytes. (Equal prefixes of different documents have equal ids.)
+ 7. Layers whose `kind` is "full" live in the blocks. "sliding" and "recurrent" layers live in `state`, as they stand
+    at the document's end; a sliding layer MAY keep up to block_size - 1 rows more, for aligned reuse.
+ 8. Nothing in a file chooses a class, a path or code. Labels (`model`, `document.name`) are not identity.
+
+This module knows nothing of files, tensors in memory, or torch.
+"""
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kvbuy.errors import DamagedError
+
+FORMAT_VERSION = 1
+HEADER_ALIGNMENT = 64
+FIRST_PARENT = "0" * 64
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "U8": 1}
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Label = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+FileName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f/\\:]+$")]
+FloatType = Literal["F32", "F16", "BF16"]
+Count = Annotated[int, Field(ge=0, lt=2**48)]
+Positive = Annotated[int, Field(ge=1, lt=2**48)]
+
+
+def canonical_json(value: object) -> bytes:
+    """Canonical JSON (RFC 8785) of a value without floats and with ASCII keys, as UTF-8 bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+class Part(BaseModel):
+    """A frozen, strictly parsed piece of the manifest."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", regex_engine="python-re")
+
+    def canonical(self) -> bytes:
+        """The part as canonical JSON bytes."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    def sha256(self) -> str:
+        """The hex SHA-256 of the canonical bytes."""
+        return hashlib.sha256(self.canonical()).hexdigest()
+
+
+class Fingerprint(Part):
+    """All that changes the values: two models with equal fingerprints compute the same KV, up to rounding."""
+
+    weights: Digest
+    config: Digest
+    tokenizer: Digest
+    chat_template: Digest | None
+    dtype: FloatType
+    quantization: Digest | None
+    adapters: tuple[Digest, ...]
+
+
+class Profile(Part):
+    """All that changes the rounding: on equal profiles equal fingerprints give equal bits.
+
+    The number of threads is not here: it was measured not to change a bit (1 to 16 threads).
+    """
+
+    block_size: Annotated[int, Field(ge=16, le=2**20, multiple_of=16)]
+    attention: Label
+    torch: Label
+    transformers: Label
+    device: Label
+    processor: Label
+
+
+class ModelLabel(Part):
+    """Where the publisher had the model from: a label to find it by, never its identity."""
+
+    name: Label
+    revision: Label | None
+
+
+class Document(Part):
+    """The document: its label, and the text that was tokenised (with `chat`, the rendered head of the template)."""
+
+    name: FileName
+    chat: bool
+    text_bytes: Positive
+    text_digest: Digest
+    tokens: Positive
+    tokens_digest: Digest
+
+
+class FullLayer(Part):
+    """A full-attention layer: its keys and values live in the blocks."""
+
+    kind: Literal["full"]
+    heads: Positive
+    key_dim: Positive
+    value_dim: Positive
+
+
+class SlidingLayer(Part):
+    """A sliding-window layer: the rows that continuing needs live in the state."""
+
+    kind: Literal["sliding"]
+    window: Annotated[int, Field(ge=2, lt=2**48)]
+
+
+class RecurrentLayer(Part):
+    """A recurrent or convolution layer: its state at the document's end."""
+
+    kind: Literal["recurrent"]
+
+
+Layer = Annotated[FullLayer | SlidingLayer | RecurrentLayer, Field(discriminator="kind")]
+
+
+class Block(Part):
+    """A run of document tokens."""
+
+    tokens: Positive
+    id: Digest
+    digest: Digest
+
+
+class StateTensor(Part):
+    """One tensor of a layer's state at the document's end."""
+
+    layer: Count
+    name: Annotated[str, Field(pattern=r"^(key|value|conv\.\d{1,2}|recurrent\.\d{1,2})$")]
+    dtype: FloatType
+    shape: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=8)]
+    digest: Digest
+
+
+class Receipt(Part):
+    """What the publisher's own continuation gave: replayable for the price of its tokens, without prefill.
+
+    `prompt_tokens` are the rows that were run after the document, `tokens` the greedy continuation, `logits` the
+    SHA-256 of the logits' bits [len(tokens), vocabulary] as little-endian float32.
+    """
+
+    prompt: Annotated[str, Field(max_length=10_000)]
+    prompt_tokens: Annotated[tuple[Count, ...], Field(min_length=1, max_length=10_000)]
+    tokens: Annotated[tuple[Count, ...], Field(min_length=1, max_length=1_000)]
+    logits: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor in the file: `start` counts bytes from the beginning of the data section."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def size(self) -> int:
+        """The tensor's bytes."""
+        size = DTYPE_BYTES[self.dtype]
+        for extent in self.shape:
+            size *= extent
+        return size
+
+    @property
+    def end(self) -> int:
+        """The first byte after the tensor."""
+        return self.start + self.size
+
+
+class Manifest(Part):
+    """The manifest of an artifact. Its bytes are `canonical()`, and `sha256()` of them is the artifact's id."""
+
+    format: Literal["kvbuy"]
+    version: Literal[1]
+    producer: Label
+    created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+    model: ModelLabel
+    fingerprint: Fingerprint
+    profile: Profile
+    document: Document
+    codec: Literal["raw"]
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=10_000)]
+    blocks: Annotated[tuple[Block, ...], Field(min_length=1)]
+    state: tuple[StateTensor, ...]
+    receipt: Receipt
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> Self:
+        sizes = [block.tokens for block in self.blocks]
+        full = self.profile.block_size
+        if any(size != full for size in sizes[:-1]) or sizes[-1] > full:
+            raise ValueError(f"every block but the last must hold {full} tokens")
+        if sum(sizes) != self.document.tokens:
+            raise ValueError(f"blocks hold {sum(sizes)} tokens, the document {self.document.tokens}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_state(self) -> Self:
+        keys = [(tensor.layer, tensor.name) for tensor in self.state]
+        if keys != sorted(set(keys)):
+            raise ValueError("state tensors must be unique and sorted by layer and name")
+        for tensor in self.state:
+            if tensor.layer >= len(self.layers):
+                raise ValueError(f"state tensor of layer {tensor.layer}, but there are {len(self.layers)} layers")
+            if (tensor.name in ("key", "value")) != (self.layers[tensor.layer].kind == "sliding"):
+                raise ValueError(f"layer {tensor.layer} ({self.layers[tensor.layer].kind}) cannot hold {tensor.name!r}")
+        for index, layer in enumerate(self.layers):
+            held = {name for at, name in keys if at == index}
+            if layer.kind == "sliding":
+                self._check_window(index, held)
+            elif bool(held) != (layer.kind == "recurrent"):
+                raise ValueError(f"layer {index} ({layer.kind}) holds state {sorted(held)}")
+        return self
+
+    def _check_window(self, index: int, held: set[str]) -> None:
+        layer = self.layers[index]
+        assert isinstance(layer, SlidingLayer)  # the caller looked
+        shapes = [tensor.shape for tensor in self.state if tensor.layer == index]
+        rows = window_rows(self.document.tokens, self.profile.block_size, layer.window)
+        if held != {"key", "value"} or any(len(shape) != 3 or shape[1] != rows for shape in shapes):
+            raise ValueError(f"layer {index} must hold key and value with {rows} rows each")
+
+    def block_start(self, index: int) -> int:
+        """The position of a block's first token."""
+        return index * self.profile.block_size
+
+    def block_tensors(self, index: int) -> list[Tensor]:
+        """The tensors of one block, in file order."""
+        row_bytes = sum(layer.heads * (layer.key_dim + layer.value_dim) for layer in self._full_layers().values())
+        row_bytes *= DTYPE_BYTES[self.fingerprint.dtype]
+        start = self.block_start(index) * row_bytes
+        tensors = []
+        for at, layer in self._full_layers().items():
+            for part, dim in (("key", layer.key_dim), ("value", layer.value_dim)):
+                shape = (layer.heads, self.blocks[index].tokens, dim)
+                tensors.append(Tensor(f"block.{index}.layer.{at}.{part}", self.fingerprint.dtype, shape, start))
+                start = tensors[-1].end
+        return tensors
+
+    def state_tensors(self) -> list[Tensor]:
+        """The tensors of the state, in the order of `state`."""
+        last = self.block_tensors(len(self.blocks) - 1)
+        start = last[-1].end if last else 0
+        tensors = []
+        for tensor in self.state:
+            tensors.append(Tensor(f"state.{tensor.layer}.{tensor.name}", tensor.dtype, tensor.shape, start))
+            start = tensors[-1].end
+        return tensors
+
+    def side_tensors(self) -> tuple[Tensor, Tensor]:
+        """The tensors `tokens` and `text`."""
+        tokens = Tensor("tokens", "I32", (self.document.tokens,), self.kv_bytes())
+        return tokens, Tensor("text", "U8", (self.document.text_bytes,), tokens.end)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor of the file, in file order."""
+        for index in range(len(self.blocks)):
+            yield from self.block_tensors(index)
+        yield from self.state_tensors()
+        yield from self.side_tensors()
+
+    def header(self) -> bytes:
+        """The file's safetensors header: length, JSON, padding."""
+        entries: dict[str, Any] = {
+            "__metadata__": {"format": "pt", "kvbuy": self.canonical().decode(), "kvbuy_id": self.sha256()}
+        }
+        for tensor in self.tensors():
+            offsets = [tensor.start, tensor.end]
+            entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-(len(text) + 8) % HEADER_ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text
+
+    def data_bytes(self) -> int:
+        """The bytes after the header."""
+        return self.side_tensors()[-1].end
+
+    def kv_bytes(self) -> int:
+        """The bytes of keys, values and state."""
+        last = [*self.block_tensors(len(self.blocks) - 1), *self.state_tensors()]
+        return last[-1].end if last else 0
+
+    def _full_layers(self) -> dict[int, FullLayer]:
+        return {at: layer for at, layer in enumerate(self.layers) if isinstance(layer, FullLayer)}
+
+
+def parse_manifest(raw: bytes) -> Manifest:
+    """Parse a manifest by the format law.
+
+    Raises:
+        DamagedError: it breaks the law; the message says where.
+    """
+    version = re.search(rb'"version":(\d+)', raw)
+    if version is not None and int(version[1]) > FORMAT_VERSION:
+        raise DamagedError(
+            f"the artifact has format version {version[1].decode()}, this kvbuy reads up to {FORMAT_VERSION}",
+            hint="upgrade it: pip install -U kvbuy",
+        )
+    try:
+        manifest = Manifest.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(step) for step in first["loc"]) or "manifest"
+        raise DamagedError(f"the manifest breaks the format law at {where}: {first['msg']}") from error
+    if manifest.canonical() != raw:
+        raise DamagedError("the manifest is not canonical JSON (spacing, order or a duplicate key)")
+    return manifest
+
+
+def chain_blocks(
+    token_ids: Sequence[int], *, fingerprint: Fingerprint, profile: Profile, digests: Sequence[str]
+) -> tuple[Block, ...]:
+    """The blocks of a document: token ids cut at the profile's block size, each id chained to the one before.
+
+    `digests` are the blocks' content digests, one a block. The id's formula is rule 6 of the format law.
+    """
+    identity = bytes.fromhex(fingerprint.sha256()) + bytes.fromhex(profile.sha256())
+    parent = FIRST_PARENT
+    blocks = []
+    for index, digest in enumerate(digests):
+        ids = token_ids[index * profile.block_size : (index + 1) * profile.block_size]
+        tokens = struct.pack(f"<{len(ids)}i", *ids)
+        parent = hashlib.sha256(b"kvbuy block 1\0" + bytes.fromhex(parent) + identity + tokens).hexdigest()
+        blocks.append(Block(tokens=len(ids), id=parent, digest=digest))
+    return tuple(blocks)
+
+
+def window_rows(tokens: int, block_size: int, window: int) -> int:
+    """Rows a sliding-window layer keeps: window - 1 before the last full block's end, and all rows after it."""
+    aligned = tokens // block_size * block_size
+    return tokens - max(0, aligned - window + 1)

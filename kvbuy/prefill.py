@@ -1,0 +1,160 @@
+"""From a document to an artifact: prefill block by block, the receipt, and the file.
+
+The schedule is the contract: the document runs in blocks of `block_size` tokens from its start, the prompt as rows of
+its own afterwards. Whoever repeats it on the same profile gets the same bits.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+
+import torch
+from transformers.cache_utils import Cache
+
+from kvbuy.artifact import Artifact, Buffer, content_digest, refuse_existing, write_artifact
+from kvbuy.cache import (
+    block_buffers,
+    block_digest,
+    describe_layers,
+    empty_cache,
+    forget_windows,
+    record_windows,
+    refuse_unfilled,
+    state_tensors,
+)
+from kvbuy.decode import greedy
+from kvbuy.document import CHAT_PROBE, PROBE, Document, encode_document, encode_prompt
+from kvbuy.manifest import Document as DocumentPart
+from kvbuy.manifest import Manifest, Receipt, chain_blocks
+from kvbuy.models import Model, refuse_too_long
+
+BLOCK_SIZE = 512  # README, "Measured": the smallest that is aligned, and as fast as one pass
+RECEIPT_TOKENS = 24
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Precomputed:
+    """An artifact just made, and what it took."""
+
+    artifact: Artifact
+    prefill_seconds: float
+
+
+@torch.no_grad()
+def precompute(
+    text: str,
+    out: Path,
+    *,
+    model: Model,
+    name: str,
+    chat: bool = False,
+    block_size: int = BLOCK_SIZE,
+    force: bool = False,
+    progress: Progress = lambda _: None,
+) -> Precomputed:
+    """Precompute a document's KV and write it as an artifact to `out`.
+
+    `name` is the document's label in the manifest; `progress` is told the tokens done so far.
+
+    Raises:
+        DocumentError: too long for the model, or its chat template cannot hold it.
+        UnsupportedCache: the model's cache cannot be stored.
+        ExistsError, StoreError: `out` cannot be written; nothing is left behind.
+    """
+    refuse_existing(out, force=force)
+    document = encode_document(model.tokenizer, text, name=name, chat=chat)
+    probe = CHAT_PROBE if chat else PROBE
+    prompt = encode_prompt(model.tokenizer, probe, document_text=document.text, chat=chat)
+    extra = len(prompt) + RECEIPT_TOKENS
+    refuse_too_long(model, len(document.token_ids), extra=extra)
+
+    started = time.perf_counter()
+    cache = empty_cache(model.model.config, capacity=len(document.token_ids) + extra)
+    digests = prefill(model, document.token_ids, cache, block_size=block_size, progress=progress)
+    seconds = time.perf_counter() - started
+    state = list(state_tensors(cache))
+    forget_windows(cache)
+    layers = describe_layers(cache)
+    receipt = make_receipt(model, cache, probe, prompt)
+
+    profile = model.profile(block_size)
+    tokens = torch.tensor(document.token_ids, dtype=torch.int32).numpy().tobytes()
+    raw_text = document.text.encode()
+    manifest = Manifest(
+        format="kvbuy",
+        version=1,
+        producer=f"kvbuy {version('kvbuy')}",
+        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        model=model.label,
+        fingerprint=model.fingerprint,
+        profile=profile,
+        document=_describe(document, raw_text, tokens),
+        codec="raw",
+        layers=layers,
+        blocks=chain_blocks(document.token_ids, fingerprint=model.fingerprint, profile=profile, digests=digests),
+        state=tuple(described for described, _ in state),
+        receipt=receipt,
+    )
+    blocks = (block_buffers(cache, start, end) for start, end in _cuts(len(document.token_ids), block_size))
+    tail: list[Buffer] = [*(raw for _, raw in state), tokens, raw_text]
+    artifact = write_artifact(out, manifest, chain(chain.from_iterable(blocks), tail), force=force)
+    return Precomputed(artifact=artifact, prefill_seconds=seconds)
+
+
+@torch.no_grad()
+def prefill(
+    model: Model,
+    token_ids: Sequence[int],
+    cache: Cache,
+    *,
+    block_size: int,
+    progress: Progress = lambda _: None,
+) -> list[str]:
+    """Run a document through the model block by block into an empty cache; returns the blocks' digests.
+
+    A last short block leaves sliding windows recording (`kvbuy.cache.record_windows`); no logits are computed.
+    """
+    digests: list[str] = []
+    for start, end in _cuts(len(token_ids), block_size):
+        if end - start < block_size:
+            record_windows(cache)
+        rows = torch.tensor([token_ids[start:end]], device=model.device)
+        model.model.base_model(input_ids=rows, past_key_values=cache, use_cache=True)
+        if not digests:
+            refuse_unfilled(cache, model_type=model.model.config.model_type)
+        digests.append(block_digest(cache, start, end))
+        progress(end)
+    return digests
+
+
+def make_receipt(model: Model, cache: Cache, probe: str, prompt: Sequence[int]) -> Receipt:
+    """Continue from a document's cache with the probe's rows and record what comes out."""
+    tokens, logits = greedy(model, cache, prompt, max_new_tokens=RECEIPT_TOKENS)
+    return Receipt(prompt=probe, prompt_tokens=tuple(prompt), tokens=tuple(tokens), logits=logits_digest(logits))
+
+
+def logits_digest(logits: torch.Tensor) -> str:
+    """The hex SHA-256 of logits [tokens, vocabulary] as little-endian float32."""
+    return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
+
+
+def _cuts(tokens: int, block_size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + block_size, tokens)) for start in range(0, tokens, block_size)]
+
+
+def _describe(document: Document, raw_text: bytes, tokens: bytes) -> DocumentPart:
+    return DocumentPart(
+        name=document.name,
+        chat=document.chat,
+        text_bytes=len(raw_text),
+        text_digest=content_digest([raw_text]),
+        tokens=len(document.token_ids),
+        tokens_digest=content_digest([tokens]),
+    )

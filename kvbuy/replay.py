@@ -1,0 +1,203 @@
+"""Verification: is an artifact intact, does it fit, is it exact, and how far does reuse drift from a single pass?"""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from kvbuy.artifact import Artifact
+from kvbuy.attention import stock_attention
+from kvbuy.cache import DTYPES, Reuse
+from kvbuy.decode import greedy
+from kvbuy.document import encode_prompt
+from kvbuy.errors import DamagedError, MisfitError, UsageError
+from kvbuy.fingerprint import profile_differences
+from kvbuy.manifest import Receipt
+from kvbuy.models import Model, find_model_for
+from kvbuy.prefill import logits_digest
+from kvbuy.reuse import load_document
+from kvbuy.scratch import Request, Scratch, run_from_scratch
+from kvbuy.verdict import Damaged, Drift, Exact, Exactness, Inexact, Misfit, Replayed, Verdict, Wrong
+
+Say = Callable[[str], None]
+Progress = Callable[[str, int], None]
+
+
+@torch.no_grad()
+def verify(
+    artifact: Artifact | Path | str,
+    *,
+    model: str | None = None,
+    adapter: str | None = None,
+    device: str | None = None,
+    prompt: str | None = None,
+    max_new_tokens: int = 24,
+    quick: bool = False,
+    say: Say = lambda _: None,
+    progress: Progress = lambda _, __: None,
+) -> Verdict:
+    """Verify an artifact; the prefill from scratch runs in a fresh process.
+
+    `prompt` defaults to the receipt's. `quick` stops at the receipt. `say` is told the model that was chosen,
+    `progress` the step and the tokens it has done.
+
+    Raises:
+        StoreError, ModelError: the artifact or its model cannot be found: nothing was verified.
+        DocumentError: the prompt cannot be used.
+    """
+    try:
+        opened = artifact if isinstance(artifact, Artifact) else Artifact.open(Path(artifact))
+        opened.check_blocks()
+    except DamagedError as error:
+        return Damaged(reason=error.message)
+    try:
+        found = find_model_for(opened.manifest, model, adapter=adapter, say=say)
+    except MisfitError as error:
+        return Misfit(differences=error.differences)
+    manifest = opened.manifest
+    tokenizer = found.tokenizer()
+    if not _tokens_are_the_text(opened, tokenizer):
+        return Wrong(reason="its token ids are not those of its text", exact=None, drift={})
+    if quick:
+        return _judge_receipt(opened, found.load(device))
+    rows = manifest.receipt.prompt_tokens
+    if prompt is not None:
+        rows = encode_prompt(tokenizer, prompt, document_text=opened.read_text(), chat=manifest.document.chat)
+    request = Request(
+        model=model or _label(opened),
+        adapter=adapter,
+        device=device,
+        dtype=str(DTYPES[manifest.fingerprint.dtype]).removeprefix("torch."),
+        block_size=manifest.profile.block_size,
+        document=opened.read_tokens(),
+        prompt=rows,
+        max_new_tokens=max_new_tokens,
+    )
+    scratch = run_from_scratch(request, progress=lambda done: progress("from scratch", done))
+    return _judge(opened, found.load(device), scratch, rows, progress)  # loaded only now: one model in memory at a time
+
+
+def _judge(
+    artifact: Artifact, model: Model, scratch: Scratch, rows: Sequence[int], progress: Progress
+) -> Exact | Inexact | Wrong:
+    length = len(scratch.result.tokens)
+    tokens, logits = _reuse(artifact, model, rows, reuse="continue", max_new_tokens=length)
+    exact = measure_exactness(artifact, scratch, tokens, logits, receipt_equal=replay_receipt(artifact, model))
+    progress("single pass", 0)
+    reference = single_pass(model, artifact.read_tokens(), rows, max_new_tokens=length)
+    drift = {"continue": measure_drift(reference, (tokens, logits))}
+    progress("aligned reuse", 0)
+    with suppress(UsageError):  # a recurrent model with a short last block has no aligned reuse: it is left out
+        drift["align"] = measure_drift(reference, _reuse(artifact, model, rows, reuse="align", max_new_tokens=length))
+    profile = profile_differences(artifact.manifest.profile, model.profile(artifact.manifest.profile.block_size))
+    if exact.holds:
+        return Exact(exact=exact, drift=drift)
+    if profile:
+        return Inexact(profile=profile, exact=exact, drift=drift)
+    return Wrong(reason="on this very profile a prefill from scratch gives other bits", exact=exact, drift=drift)
+
+
+def _judge_receipt(artifact: Artifact, model: Model) -> Replayed | Inexact | Wrong:
+    if replay_receipt(artifact, model):
+        return Replayed(tokens=len(artifact.manifest.receipt.tokens))
+    profile = profile_differences(artifact.manifest.profile, model.profile(artifact.manifest.profile.block_size))
+    if profile:
+        return Inexact(profile=profile, exact=None, drift={})
+    return Wrong(reason="on this very profile the receipt comes out differently", exact=None, drift={})
+
+
+def replay_receipt(artifact: Artifact, model: Model) -> bool:
+    """Whether continuing from the artifact gives its receipt, bit for bit (errors: `kvbuy.reuse.load`)."""
+    receipt: Receipt = artifact.manifest.receipt
+    count = len(receipt.tokens)
+    tokens, logits = _reuse(artifact, model, receipt.prompt_tokens, reuse="continue", max_new_tokens=count)
+    return tuple(tokens) == receipt.tokens and logits_digest(logits) == receipt.logits
+
+
+def measure_exactness(
+    artifact: Artifact, scratch: Scratch, tokens: Sequence[int], logits: torch.Tensor, *, receipt_equal: bool
+) -> Exactness:
+    """Compare an artifact and its continuation ([tokens, vocabulary] logits) with a run from scratch."""
+    blocks = [block.digest for block in artifact.manifest.blocks]
+    state = [tensor.digest for tensor in artifact.manifest.state]
+    wanted = scratch.result.tokens
+    return Exactness(
+        blocks_equal=_count_equal(blocks, scratch.result.blocks),
+        blocks=len(blocks),
+        state_equal=_count_equal(state, scratch.result.state),
+        state=len(state),
+        tokens_equal=_count_equal(wanted, tokens),
+        tokens=len(wanted),
+        logits_equal=torch.equal(logits.cpu(), scratch.logits),
+        max_abs_logit_diff=_shared_difference(wanted, tokens, scratch.logits, logits.cpu()),
+        receipt_equal=receipt_equal,
+    )
+
+
+def single_pass(
+    model: Model, document: Sequence[int], rows: Sequence[int], *, max_new_tokens: int
+) -> tuple[list[int], torch.Tensor]:
+    """The paper's reference: one prefill over document and prompt by plain transformers with stock attention."""
+    with stock_attention(model.model):
+        cache = DynamicCache(config=model.model.config)
+        return greedy(model, cache, [*document, *rows], max_new_tokens=max_new_tokens)
+
+
+def measure_drift(reference: tuple[list[int], torch.Tensor], found: tuple[list[int], torch.Tensor]) -> Drift:
+    """The distance of a greedy continuation (tokens, logits [tokens, vocabulary]) from the reference's."""
+    (tokens, logits), (other_tokens, other_logits) = reference, found
+    steps = _shared_steps(tokens, other_tokens)
+    log_p = logits[:steps].double().log_softmax(-1)
+    log_q = other_logits[:steps].double().log_softmax(-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1).max().item()
+    return Drift(
+        max_abs_logit_diff=_shared_difference(tokens, other_tokens, logits, other_logits),
+        kl=max(0.0, divergence),
+        tokens_equal=_count_equal(tokens, other_tokens),
+        tokens=len(tokens),
+        first_divergence=None if tokens == other_tokens else steps - 1,
+    )
+
+
+def _reuse(
+    artifact: Artifact, model: Model, rows: Sequence[int], *, reuse: Reuse, max_new_tokens: int
+) -> tuple[list[int], torch.Tensor]:
+    loaded = load_document(artifact, model, reuse=reuse, room=len(rows) + max_new_tokens)
+    pending = [*loaded.pending_ids, *rows]
+    if reuse == "continue":
+        return greedy(model, loaded.cache, pending, max_new_tokens=max_new_tokens)
+    with stock_attention(model.model):
+        return greedy(model, loaded.cache, pending, max_new_tokens=max_new_tokens)
+
+
+def _tokens_are_the_text(artifact: Artifact, tokenizer: Any) -> bool:
+    document = artifact.manifest.document
+    token_ids = tokenizer(artifact.read_text(), add_special_tokens=not document.chat)["input_ids"]
+    return tuple(token_ids) == artifact.read_tokens()
+
+
+def _label(artifact: Artifact) -> str:
+    label = artifact.manifest.model
+    return f"{label.name}@{label.revision}" if label.revision else label.name
+
+
+def _shared_steps(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """The steps that both continuations took from the same context: up to and with the first difference."""
+    for at, (token, other) in enumerate(zip(tokens, others, strict=True)):
+        if token != other:
+            return at + 1
+    return len(tokens)
+
+
+def _shared_difference(
+    tokens: Sequence[int], others: Sequence[int], logits: torch.Tensor, other_logits: torch.Tensor
+) -> float:
+    steps = _shared_steps(tokens, others)
+    return (logits[:steps] - other_logits[:steps]).abs().max().item()
+
+
+def _count_equal(wanted: Sequence[object], found: Sequence[object]) -> int:
+    return sum(a == b for a, b in zip(wanted, found, strict=False))

@@ -1,0 +1,53 @@
+"""Where things live on this machine: artifacts in folders, kvbuy's own cache. Knows names and times, not contents."""
+
+import os
+from pathlib import Path
+
+from kvbuy.artifact import SUFFIX
+from kvbuy.errors import StoreError, UsageError
+
+
+def cache_folder() -> Path:
+    """kvbuy's cache: `KVBUY_CACHE`, or `kvbuy` in the user's cache folder."""
+    if folder := os.environ.get("KVBUY_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvbuy"
+
+
+def find_artifact(name: Path | None, *, folder: Path | None = None) -> Path:
+    """The artifact that `name` means: the file itself, or the newest one in the folder where none is named.
+
+    Raises:
+        StoreError: none is named, and the folder holds none.
+    """
+    if name is not None and not name.is_dir():
+        return name
+    where = name or folder or Path.cwd()
+    found = sorted(where.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
+    if not found:
+        raise StoreError(f"there is no artifact in {where}", hint="make one: kvbuy precompute doc.txt")
+    return found[-1]
+
+
+def name_artifacts(documents: list[str], out: Path | None) -> list[Path]:
+    """Where the artifacts of documents go: beside each other in `out` or here, or one to the file `out`.
+
+    Raises:
+        UsageError: two documents would get the same name, or many documents one file.
+    """
+    if out is not None and out.name.endswith(SUFFIX):
+        if len(documents) > 1:
+            raise UsageError(f"{len(documents)} documents cannot all become {out}", hint="give --out a folder")
+        return [out]
+    if out is not None and not out.is_dir():
+        raise UsageError(f"--out must be a folder that exists, or a name ending in {SUFFIX}: {out} is neither")
+    paths = [(out or Path()) / f"{_label(document)}{SUFFIX}" for document in documents]
+    for at, path in enumerate(paths):
+        if path in paths[:at]:
+            first = documents[paths.index(path)]
+            raise UsageError(f"{first} and {documents[at]} would both become {path}", hint="precompute them apart")
+    return paths
+
+
+def _label(document: str) -> str:
+    return "stdin" if document == "-" else Path(document).stem or Path(document).name
