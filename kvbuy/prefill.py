@@ -36,7 +36,7 @@ from kvbuy.models import Model, refuse_too_long
 BLOCK_SIZE = 512  # README, "Measured": the smallest that is aligned, and as fast as one pass
 RECEIPT_TOKENS = 24
 
-Progress = Callable[[int], None]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +57,11 @@ def precompute(
     chat: bool = False,
     block_size: int = BLOCK_SIZE,
     force: bool = False,
-    progress: Progress = lambda _: None,
+    progress: Progress = lambda _, __: None,
 ) -> Precomputed:
     """Precompute a document's KV and write it as an artifact to `out`.
 
-    `name` is the document's label in the manifest; `progress` is told the tokens done so far.
+    `name` is the document's label in the manifest; `progress` is told the tokens done, and how many there are.
 
     Raises:
         DocumentError: too long for the model, or its chat template cannot hold it.
@@ -115,7 +115,7 @@ def prefill(
     cache: Cache,
     *,
     block_size: int,
-    progress: Progress = lambda _: None,
+    progress: Progress = lambda _, __: None,
 ) -> list[str]:
     """Run a document through the model block by block into an empty cache; returns the blocks' digests.
 
@@ -130,7 +130,7 @@ def prefill(
         if not digests:
             refuse_unfilled(cache, model_type=model.model.config.model_type)
         digests.append(block_digest(cache, start, end))
-        progress(end)
+        progress(end, len(token_ids))
     return digests
 
 

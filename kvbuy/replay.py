@@ -23,7 +23,7 @@ from kvbuy.scratch import Request, Scratch, run_from_scratch
 from kvbuy.verdict import Damaged, Drift, Exact, Exactness, Inexact, Misfit, Replayed, Verdict, Wrong
 
 Say = Callable[[str], None]
-Progress = Callable[[str, int], None]
+Progress = Callable[[str, int, int], None]
 
 
 @torch.no_grad()
@@ -37,12 +37,12 @@ def verify(
     max_new_tokens: int = 24,
     quick: bool = False,
     say: Say = lambda _: None,
-    progress: Progress = lambda _, __: None,
+    progress: Progress = lambda _, __, ___: None,
 ) -> Verdict:
     """Verify an artifact; the prefill from scratch runs in a fresh process.
 
     `prompt` defaults to the receipt's. `quick` stops at the receipt. `say` is told the model that was chosen,
-    `progress` the step and the tokens it has done.
+    `progress` the step, its tokens done, and how many there are (0: unknown).
 
     Raises:
         StoreError, ModelError: the artifact or its model cannot be found: nothing was verified.
@@ -76,7 +76,7 @@ def verify(
         prompt=rows,
         max_new_tokens=max_new_tokens,
     )
-    scratch = run_from_scratch(request, progress=lambda done: progress("from scratch", done))
+    scratch = run_from_scratch(request, progress=lambda done: progress("from scratch", done, manifest.document.tokens))
     return _judge(opened, found.load(device), scratch, rows, progress)  # loaded only now: one model in memory at a time
 
 
@@ -86,10 +86,10 @@ def _judge(
     length = len(scratch.result.tokens)
     tokens, logits = _reuse(artifact, model, rows, reuse="continue", max_new_tokens=length)
     exact = measure_exactness(artifact, scratch, tokens, logits, receipt_equal=replay_receipt(artifact, model))
-    progress("single pass", 0)
+    progress("single pass", 0, 0)
     reference = single_pass(model, artifact.read_tokens(), rows, max_new_tokens=length)
     drift = {"continue": measure_drift(reference, (tokens, logits))}
-    progress("aligned reuse", 0)
+    progress("aligned reuse", 0, 0)
     with suppress(UsageError):  # a recurrent model with a short last block has no aligned reuse: it is left out
         drift["align"] = measure_drift(reference, _reuse(artifact, model, rows, reuse="align", max_new_tokens=length))
     profile = profile_differences(artifact.manifest.profile, model.profile(artifact.manifest.profile.block_size))

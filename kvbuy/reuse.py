@@ -87,8 +87,8 @@ def load_document(artifact: Artifact, model: Model, *, reuse: Reuse = "continue"
     manifest = artifact.manifest
     refuse_misfit(manifest, model.fingerprint)
     capacity = manifest.document.tokens + room
-    cache = reserve_cache(model.model.config, manifest, capacity=capacity, device=model.device)
     started = time.perf_counter()
+    cache = reserve_cache(model.model.config, manifest, capacity=capacity, device=model.device)
     cached = load_artifact(artifact, cache, reuse=reuse, device=model.device)
     return Loaded(
         artifact=artifact,

@@ -110,7 +110,7 @@ def compute(request: Request, logits_path: Path) -> Result:
         request.document,
         cache,
         block_size=request.block_size,
-        progress=lambda done: print(Message(done=done).model_dump_json(), flush=True),
+        progress=lambda done, _: print(Message(done=done).model_dump_json(), flush=True),
     )
     state = [described.digest for described, _ in state_tensors(cache)]
     forget_windows(cache)

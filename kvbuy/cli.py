@@ -1,0 +1,275 @@
+"""The command line: a short recipe a verb. Errors, exit codes and JSON meet in `main`, the one place that catches."""
+
+import os
+import sys
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from kvbuy.reuse import Conversation
+
+NO_PROMISE = "bit-exactness is not promised here; `kvbuy verify` measures it"
+
+app = typer.Typer(
+    help="A document's KV cache, computed once, verified, and loaded instead of prefilled.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class ReuseMode(StrEnum):
+    """How to reuse a document's KV."""
+
+    CONTINUE = "continue"
+    ALIGN = "align"
+
+
+class Dtype(StrEnum):
+    """What to compute in."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+ModelOption = Annotated[str | None, typer.Option("--model", help="Hub id (with optional @revision) or local folder.")]
+AdapterOption = Annotated[str | None, typer.Option("--adapter", help="PEFT adapter: folder or Hub id.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cuda, mps or cpu. [default: the first there is]")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+KvOption = Annotated[Path | None, typer.Option("--kv", help="Artifact. [default: the newest here]")]
+ArtifactArgument = Annotated[Path | None, typer.Argument(metavar="[ARTIFACT]", help="[default: the newest here]")]
+ReuseOption = Annotated[ReuseMode, typer.Option("--reuse", help="continue: fastest. align: as one single pass.")]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")]
+TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
+TopPOption = Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Sample from this nucleus.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
+StopOption = Annotated[list[str] | None, typer.Option("--stop", help="Stop before this text; may be repeated.")]
+
+
+@app.command()
+def precompute(
+    documents: Annotated[list[str], typer.Argument(metavar="DOC...", help="UTF-8 text files, or - for stdin.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Hub id or local folder. [default: KVBUY_MODEL, else by machine]")
+    ] = None,
+    adapter: AdapterOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder, or NAME.kv.safetensors. [default: here]")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the document into the model's chat template.")] = False,
+    device: DeviceOption = None,
+    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="[default: the model's own]")] = None,
+    block_size: Annotated[int, typer.Option("--block-size", min=16, help="Tokens a block; a multiple of 16.")] = 512,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing artifacts.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Compute documents' KV and write an artifact for each: kvbuy precompute doc.txt"""
+    from kvbuy import render
+    from kvbuy.artifact import refuse_existing
+    from kvbuy.document import read_document
+    from kvbuy.errors import UsageError
+    from kvbuy.store import name_artifacts
+
+    if block_size % 16:
+        raise UsageError(f"--block-size must be a multiple of 16, {block_size} is not")
+    paths = name_artifacts(documents, out)
+    for path in paths:
+        refuse_existing(path, force=force)
+    texts = [read_document(document) for document in documents]
+
+    from kvbuy.models import load_model
+    from kvbuy.prefill import precompute
+
+    loaded = load_model(model, adapter=adapter, device=device, dtype=dtype, say=render.say)
+    made = []
+    with render.token_progress() as progress:
+        for document, text, path in zip(documents, texts, paths, strict=True):
+            one = precompute(
+                text,
+                path,
+                model=loaded,
+                name="stdin" if document == "-" else Path(document).name,
+                chat=chat,
+                block_size=block_size,
+                force=force,
+                progress=partial(progress, path.name),
+            )
+            made.append(one)
+    if json:
+        render.print_json({"artifacts": [render.precomputed_json(one) for one in made]})
+    else:
+        render.print_table(render.precomputed_table(made))
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Option("--prompt", "-p", help="Question; - for stdin; may be repeated.")],
+    kv: KvOption = None,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    device: DeviceOption = None,
+    reuse: ReuseOption = ReuseMode.CONTINUE,
+    max_new_tokens: TokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    stop: StopOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Answer prompts over an artifact's document, without prefilling it: kvbuy generate --kv A -p "..." """
+    from kvbuy import render
+    from kvbuy.decode import Sampling
+
+    texts = [sys.stdin.read().strip("\n") if prompt == "-" else prompt for prompt in prompts]
+    conversation = _open(kv, model, adapter, device, reuse, room=max_new_tokens)
+    answers = []
+    for text in texts:
+        if len(texts) > 1 and not json:
+            render.say(f"> {text}")
+        answer = conversation.ask(
+            text,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
+            stop=stop or (),
+            on_text=(lambda _: None) if json else render.stream,
+        )
+        answers.append(answer)
+        conversation.forget()
+        if not json:
+            render.stream("\n")
+            render.say(render.generation_line(answer))
+    if json:
+        objects = [render.generation_json(answer) for answer in answers]
+        render.print_json(objects[0] if len(objects) == 1 else {"answers": objects})
+
+
+@app.command()
+def chat(
+    kv: KvOption = None,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    device: DeviceOption = None,
+    reuse: ReuseOption = ReuseMode.CONTINUE,
+    max_new_tokens: TokensOption = 512,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    stop: StopOption = None,
+) -> None:
+    """Ask follow-up questions over one loaded artifact; end with Ctrl-D, /forget starts over."""
+    from kvbuy import render
+    from kvbuy.decode import Sampling
+
+    conversation = _open(kv, model, adapter, device, reuse, room=max_new_tokens)
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    render.say("ask; /forget starts over, Ctrl-D ends")
+    while (question := render.ask()) is not None:
+        if question == "/forget":
+            conversation.forget()
+        elif question.strip():
+            answer = conversation.ask(
+                question, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop or (), on_text=render.stream
+            )
+            render.stream("\n")
+            render.say(render.generation_line(answer))
+
+
+@app.command()
+def verify(
+    artifact: ArtifactArgument = None,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    device: DeviceOption = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="[default: the receipt's]")] = None,
+    max_new_tokens: TokensOption = 24,
+    quick: Annotated[bool, typer.Option("--quick", help="Intact, fits and the receipt; no prefill.")] = False,
+    allow_inexact: Annotated[bool, typer.Option("--allow-inexact", help="Exit 0 for the verdict inexact.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Verify an artifact: intact, fits, exact, and its drift from a single pass: kvbuy verify"""
+    from kvbuy import render
+    from kvbuy.replay import verify
+    from kvbuy.store import find_artifact
+
+    path = find_artifact(artifact)
+    if artifact is None:
+        render.say(f"artifact: {path}")
+    with render.token_progress() as progress:
+        verdict = verify(
+            path,
+            model=model,
+            adapter=adapter,
+            device=device,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            quick=quick,
+            say=render.say,
+            progress=progress,
+        )
+    if json:
+        render.print_json(render.verdict_json(verdict))
+    else:
+        render.print_table(render.verdict_table(verdict))
+    raise typer.Exit(0 if allow_inexact and verdict.name == "inexact" else verdict.exit_code)
+
+
+def _open(
+    kv: Path | None, model: str | None, adapter: str | None, device: str | None, reuse: ReuseMode, *, room: int
+) -> "Conversation":
+    """Load an artifact and its model for questions."""
+    from kvbuy import render
+    from kvbuy.artifact import Artifact
+    from kvbuy.fingerprint import profile_differences
+    from kvbuy.models import find_model_for
+    from kvbuy.reuse import ROOM, Conversation, load_document
+    from kvbuy.store import find_artifact
+
+    artifact = Artifact.open(find_artifact(kv))
+    if kv is None:
+        render.say(f"artifact: {artifact.path}")
+    loaded = find_model_for(artifact.manifest, model, adapter=adapter, say=render.say).load(device)
+    differences = profile_differences(artifact.manifest.profile, loaded.profile(artifact.manifest.profile.block_size))
+    if differences:
+        render.say(f"warning: another profile ({'; '.join(differences)}): {NO_PROMISE}")
+    return Conversation(loaded, load_document(artifact, loaded, reuse=reuse.value, room=room + ROOM))
+
+
+@app.command()
+def inspect(artifact: ArtifactArgument = None, json: JsonOption = False) -> None:
+    """Show what an artifact says about itself; its bytes are not checked: kvbuy inspect"""
+    from kvbuy import render
+    from kvbuy.artifact import Artifact
+    from kvbuy.store import find_artifact
+
+    opened = Artifact.open(find_artifact(artifact))
+    if json:
+        render.print_json(render.inspect_json(opened))
+    else:
+        render.print_table(render.inspect_table(opened))
+
+
+def main() -> None:
+    """Entry of the `kvbuy` command."""
+    from kvbuy.errors import KvbuyError
+
+    try:
+        app()
+    except KvbuyError as error:
+        from kvbuy.render import print_error
+
+        print_error(error, as_json="--json" in sys.argv)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is left behind", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()
