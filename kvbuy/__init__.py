@@ -13,6 +13,8 @@ Names are loaded when they are first used: `import kvbuy` costs nothing, and onl
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from kvbuy.artifact import Artifact as Artifact
     from kvbuy.decode import Sampling as Sampling

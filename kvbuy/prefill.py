@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 
 import torch
 from transformers.cache_utils import Cache
 
+import kvbuy
 from kvbuy.artifact import Artifact, Buffer, content_digest, refuse_existing, write_artifact
 from kvbuy.cache import (
     block_buffers,
@@ -90,7 +90,7 @@ def precompute(
     manifest = Manifest(
         format="kvbuy",
         version=1,
-        producer=f"kvbuy {version('kvbuy')}",
+        producer=f"kvbuy {kvbuy.__version__}",
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         model=model.label,
         fingerprint=model.fingerprint,
