@@ -20,6 +20,7 @@ from kvbuy.manifest import Manifest, Tensor, chain_blocks, parse_manifest
 
 SUFFIX = ".kv.safetensors"
 MAX_HEADER = 100_000_000  # what safetensors itself accepts
+MIN_ENTRY = 60  # bytes that a tensor takes in a header at least
 BATCH = 8  # views a system call: about a megabyte, which stays in a core's cache until it is hashed
 
 Buffer = bytes | bytearray | memoryview
@@ -59,7 +60,8 @@ class Artifact:
         except OSError as error:
             raise StoreError(f"cannot read {path}: {error.strerror}") from error
         manifest = parse_manifest(_manifest_bytes(header))
-        if manifest.header() != header:
+        too_few = len(header) < manifest.count_tensors() * MIN_ENTRY  # looked at before a long header is built
+        if too_few or manifest.header() != header:
             raise DamagedError(f"{path.name}: the file's header is not the one its manifest implies")
         if size != len(header) + manifest.data_bytes():
             wanted = len(header) + manifest.data_bytes()
@@ -144,7 +146,7 @@ def write_artifact(path: Path, manifest: Manifest, buffers: Iterable[Buffer], *,
         ExistsError: the file is there and `force` is not set.
         StoreError: the file cannot be written (no space, no permission); nothing is left behind.
     """
-    refuse_existing(path, force=force)
+    refuse_unwritable(path, force=force)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     header = manifest.header()
     written = 0
@@ -157,7 +159,7 @@ def write_artifact(path: Path, manifest: Manifest, buffers: Iterable[Buffer], *,
             os.fsync(file.fileno())
         if written != manifest.data_bytes():
             raise AssertionError(f"{written} bytes written, the manifest implies {manifest.data_bytes()}")
-        refuse_existing(path, force=force)
+        refuse_unwritable(path, force=force)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -168,8 +170,17 @@ def write_artifact(path: Path, manifest: Manifest, buffers: Iterable[Buffer], *,
     return Artifact(path=path, manifest=manifest, id=manifest.sha256(), header_bytes=len(header))
 
 
-def refuse_existing(path: Path, *, force: bool) -> None:
-    """Raise ExistsError where `path` is there and `force` is not set."""
+def refuse_unwritable(path: Path, *, force: bool) -> None:
+    """Say now rather than after a long prefill that `path` cannot be written.
+
+    Raises:
+        ExistsError: it is there, and `force` is not set.
+        StoreError: its folder is missing or read-only.
+    """
+    if not path.parent.is_dir():
+        raise StoreError(f"there is no folder {path.parent}", hint=f"make it: mkdir -p {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise StoreError(f"the folder {path.parent} cannot be written", hint="give --out another one")
     if path.exists() and not force:
         raise ExistsError(f"{path} is there already", hint="give --force to replace it, or --out for another name")
 

@@ -69,7 +69,7 @@ def precompute(
 ) -> None:
     """Compute documents' KV and write an artifact for each: kvbuy precompute doc.txt"""
     from kvbuy import render
-    from kvbuy.artifact import refuse_existing
+    from kvbuy.artifact import refuse_unwritable
     from kvbuy.document import read_document
     from kvbuy.errors import UsageError
     from kvbuy.store import name_artifacts
@@ -78,7 +78,7 @@ def precompute(
         raise UsageError(f"--block-size must be a multiple of 16, {block_size} is not")
     paths = name_artifacts(documents, out)
     for path in paths:
-        refuse_existing(path, force=force)
+        refuse_unwritable(path, force=force)
     texts = [read_document(document) for document in documents]
 
     from kvbuy.models import load_model

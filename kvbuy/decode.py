@@ -52,9 +52,9 @@ def decode(
 
 
 def greedy(model: Model, cache: Cache, rows: Sequence[int], *, max_new_tokens: int) -> tuple[list[int], torch.Tensor]:
-    """The greedy continuation: its token ids, and the logits of every step, [max_new_tokens, vocabulary] float32."""
+    """The greedy continuation: token ids, and every step's logits [max_new_tokens, vocabulary] float32 on the CPU."""
     steps = list(decode(model, cache, rows, max_new_tokens=max_new_tokens))
-    return [step.token for step in steps], torch.stack([step.logits for step in steps])
+    return [step.token for step in steps], torch.stack([step.logits for step in steps]).cpu()
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:

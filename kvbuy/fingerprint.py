@@ -10,11 +10,12 @@ import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from kvbuy.errors import ModelError
-from kvbuy.manifest import Fingerprint, FloatType, Profile, canonical_json
+from kvbuy.manifest import Fingerprint, FloatType, Profile
 from kvbuy.store import cache_folder
 
 # Labels inside config.json: they change when a folder is saved or renamed, and change no value.
@@ -34,7 +35,7 @@ def model_fingerprint(folder: Path, *, dtype: FloatType, adapters: Sequence[Path
     config = read_json(folder / "config.json")
     quantization = config.pop("quantization_config", None)
     return Fingerprint(
-        weights=_files_digest(_weight_files(folder)),
+        weights=_value_digest({str(path.relative_to(folder)): file_sha256(path) for path in _weight_files(folder)}),
         config=_value_digest({key: value for key, value in config.items() if key not in CONFIG_LABELS}),
         tokenizer=_tokenizer_digest(folder),
         chat_template=_template_digest(folder),
@@ -71,7 +72,8 @@ def file_sha256(path: Path) -> str:
         if key not in known:
             with real.open("rb") as file:
                 known[key] = hashlib.file_digest(file, "sha256").hexdigest()
-            _remember(memory, known)
+            with suppress(OSError):  # a memory that cannot be written costs one hashing
+                _remember(memory, known)
     except OSError as error:
         raise ModelError(f"cannot read {path.name} of the model: {error.strerror}") from error
     return known[key]
@@ -100,17 +102,16 @@ def read_json(path: Path) -> dict[str, Any]:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return sorted({folder / name for name in read_json(index)["weight_map"].values()})
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise ModelError(f"{index.name} of the model {folder.name!r} holds no weight_map")
+        return sorted({folder / str(name) for name in names.values()})
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     raise ModelError(
         f"the model {folder.name!r} has no safetensors weights",
         hint="convert it once: AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER)",
     )
-
-
-def _files_digest(files: Sequence[Path]) -> str:
-    return _value_digest({path.name: file_sha256(path) for path in files})
 
 
 def _tokenizer_digest(folder: Path) -> str:
@@ -143,7 +144,8 @@ def _adapter_digest(folder: Path) -> str:
 
 
 def _value_digest(value: object) -> str:
-    return hashlib.sha256(canonical_json(value)).hexdigest()
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))  # not canonical JSON: configs hold floats, even inf
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _differences(wanted: Mapping[str, object], found: Mapping[str, object]) -> tuple[str, ...]:

@@ -43,9 +43,9 @@ HEADER_ALIGNMENT = 64
 FIRST_PARENT = "0" * 64
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "U8": 1}
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Label = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
-FileName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f/\\:]+$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\Z")]
+Label = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*\Z")]
+FileName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f/\\:]+\Z")]
 FloatType = Literal["F32", "F16", "BF16"]
 Count = Annotated[int, Field(ge=0, lt=2**48)]
 Positive = Annotated[int, Field(ge=1, lt=2**48)]
@@ -151,7 +151,7 @@ class StateTensor(Part):
     """One tensor of a layer's state at the document's end."""
 
     layer: Count
-    name: Annotated[str, Field(pattern=r"^(key|value|conv\.\d{1,2}|recurrent\.\d{1,2})$")]
+    name: Annotated[str, Field(pattern=r"^(key|value|(conv|recurrent)\.[0-9]{1,2})\Z")]
     dtype: FloatType
     shape: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=8)]
     digest: Digest
@@ -199,7 +199,7 @@ class Manifest(Part):
     format: Literal["kvbuy"]
     version: Literal[1]
     producer: Label
-    created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+    created: Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z\Z")]
     model: ModelLabel
     fingerprint: Fingerprint
     profile: Profile
@@ -222,6 +222,7 @@ class Manifest(Part):
 
     @model_validator(mode="after")
     def _check_state(self) -> Self:
+        stored: dict[int, list[StateTensor]] = {}
         keys = [(tensor.layer, tensor.name) for tensor in self.state]
         if keys != sorted(set(keys)):
             raise ValueError("state tensors must be unique and sorted by layer and name")
@@ -230,20 +231,18 @@ class Manifest(Part):
                 raise ValueError(f"state tensor of layer {tensor.layer}, but there are {len(self.layers)} layers")
             if (tensor.name in ("key", "value")) != (self.layers[tensor.layer].kind == "sliding"):
                 raise ValueError(f"layer {tensor.layer} ({self.layers[tensor.layer].kind}) cannot hold {tensor.name!r}")
+            stored.setdefault(tensor.layer, []).append(tensor)
         for index, layer in enumerate(self.layers):
-            held = {name for at, name in keys if at == index}
+            held = {tensor.name: tensor.shape for tensor in stored.get(index, [])}
             if layer.kind == "sliding":
-                self._check_window(index, held)
+                self._check_window(index, layer, held)
             elif bool(held) != (layer.kind == "recurrent"):
                 raise ValueError(f"layer {index} ({layer.kind}) holds state {sorted(held)}")
         return self
 
-    def _check_window(self, index: int, held: set[str]) -> None:
-        layer = self.layers[index]
-        assert isinstance(layer, SlidingLayer)  # the caller looked
-        shapes = [tensor.shape for tensor in self.state if tensor.layer == index]
+    def _check_window(self, index: int, layer: SlidingLayer, held: dict[str, tuple[int, ...]]) -> None:
         rows = window_rows(self.document.tokens, self.profile.block_size, layer.window)
-        if held != {"key", "value"} or any(len(shape) != 3 or shape[1] != rows for shape in shapes):
+        if set(held) != {"key", "value"} or any(len(shape) != 3 or shape[1] != rows for shape in held.values()):
             raise ValueError(f"layer {index} must hold key and value with {rows} rows each")
 
     def block_start(self, index: int) -> int:
@@ -281,6 +280,10 @@ class Manifest(Part):
         """The tensors `tokens` and `text`."""
         tokens = Tensor("tokens", "I32", (self.document.tokens,), self.kv_bytes())
         return tokens, Tensor("text", "U8", (self.document.text_bytes,), tokens.end)
+
+    def count_tensors(self) -> int:
+        """How many tensors the file has."""
+        return 2 * len(self._full_layers()) * len(self.blocks) + len(self.state) + 2
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor of the file, in file order."""
@@ -320,17 +323,17 @@ def parse_manifest(raw: bytes) -> Manifest:
     Raises:
         DamagedError: it breaks the law; the message says where.
     """
-    version = re.search(rb'"version":(\d+)', raw)
+    version = re.search(rb'"version":([0-9]{1,9})(?![0-9])', raw)
     if version is not None and int(version[1]) > FORMAT_VERSION:
         raise DamagedError(
-            f"the artifact has format version {version[1].decode()}, this kvbuy reads up to {FORMAT_VERSION}",
+            f"the artifact has format version {int(version[1])}, this kvbuy reads up to {FORMAT_VERSION}",
             hint="upgrade it: pip install -U kvbuy",
         )
     try:
         manifest = Manifest.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(step) for step in first["loc"]) or "manifest"
+        where = ascii(".".join(str(step) for step in first["loc"]))[1:-1][:80] or "manifest"
         raise DamagedError(f"the manifest breaks the format law at {where}: {first['msg']}") from error
     if manifest.canonical() != raw:
         raise DamagedError("the manifest is not canonical JSON (spacing, order or a duplicate key)")

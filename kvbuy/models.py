@@ -230,7 +230,10 @@ def processor_name(device: torch.device) -> str:
 def _default_model(say: Say) -> tuple[Path, ModelLabel]:
     if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] >= LARGE_ROOM:
         say(f"model: {LARGE_DEFAULT} (there is a GPU with room for it; --model chooses another)")
-        return resolve_model(LARGE_DEFAULT, say=say)
+        try:
+            return resolve_model(LARGE_DEFAULT, say=say)
+        except ModelError as error:
+            say(error.message)
     say(f"model: {SMALL_DEFAULT} (the default without a large GPU; --model chooses another)")
     kept = cache_folder() / "models" / WHEEL_MODEL
     for offline in (True, False):
@@ -238,9 +241,10 @@ def _default_model(say: Say) -> tuple[Path, ModelLabel]:
             break
         try:
             folder = fetch_model(SMALL_DEFAULT, offline=offline)
-            return folder, ModelLabel(name=SMALL_DEFAULT, revision=folder.name)
         except ModelError:
             continue
+        if (folder / "model.safetensors").exists():  # what is cached may be a part of it
+            return folder, ModelLabel(name=SMALL_DEFAULT, revision=folder.name)
     say(f"the Hub is out of reach: using {WHEEL_MODEL}, the same model from the PyPI wheel {WHEEL}")
     return _wheel_model(say), ModelLabel(name=WHEEL_MODEL, revision=None)
 

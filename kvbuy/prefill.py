@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import Cache
 
 import kvbuy
-from kvbuy.artifact import Artifact, Buffer, content_digest, refuse_existing, write_artifact
+from kvbuy.artifact import Artifact, Buffer, content_digest, refuse_unwritable, write_artifact
 from kvbuy.cache import (
     block_buffers,
     block_digest,
@@ -68,7 +68,7 @@ def precompute(
         UnsupportedCache: the model's cache cannot be stored.
         ExistsError, StoreError: `out` cannot be written; nothing is left behind.
     """
-    refuse_existing(out, force=force)
+    refuse_unwritable(out, force=force)
     document = encode_document(model.tokenizer, text, name=name, chat=chat)
     probe = CHAT_PROBE if chat else PROBE
     prompt = encode_prompt(model.tokenizer, probe, document_text=document.text, chat=chat)
@@ -142,7 +142,7 @@ def make_receipt(model: Model, cache: Cache, probe: str, prompt: Sequence[int]) 
 
 def logits_digest(logits: torch.Tensor) -> str:
     """The hex SHA-256 of logits [tokens, vocabulary] as little-endian float32."""
-    return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(logits.float().numpy().tobytes()).hexdigest()
 
 
 def _cuts(tokens: int, block_size: int) -> list[tuple[int, int]]:

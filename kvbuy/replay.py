@@ -131,8 +131,8 @@ def measure_exactness(
         state=len(state),
         tokens_equal=_count_equal(wanted, tokens),
         tokens=len(wanted),
-        logits_equal=torch.equal(logits.cpu(), scratch.logits),
-        max_abs_logit_diff=_shared_difference(wanted, tokens, scratch.logits, logits.cpu()),
+        logits_equal=torch.equal(logits, scratch.logits),
+        max_abs_logit_diff=_shared_difference(wanted, tokens, scratch.logits, logits),
         receipt_equal=receipt_equal,
     )
 

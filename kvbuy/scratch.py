@@ -115,7 +115,7 @@ def compute(request: Request, logits_path: Path) -> Result:
     state = [described.digest for described, _ in state_tensors(cache)]
     forget_windows(cache)
     tokens, logits = greedy(model, cache, request.prompt, max_new_tokens=request.max_new_tokens)
-    save_file({"logits": logits.cpu().contiguous()}, logits_path)
+    save_file({"logits": logits}, logits_path)
     return Result(blocks=tuple(blocks), state=tuple(state), tokens=tuple(tokens))
 
 

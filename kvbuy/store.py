@@ -23,10 +23,10 @@ def find_artifact(name: Path | None, *, folder: Path | None = None) -> Path:
     if name is not None and not name.is_dir():
         return name
     where = name or folder or Path.cwd()
-    found = sorted(where.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
+    found = [path for path in where.glob(f"*{SUFFIX}") if path.is_file()]
     if not found:
         raise StoreError(f"there is no artifact in {where}", hint="make one: kvbuy precompute doc.txt")
-    return found[-1]
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 
 def name_artifacts(documents: list[str], out: Path | None) -> list[Path]:
