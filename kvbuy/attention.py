@@ -1,9 +1,9 @@
 """The attention that kvbuy runs models with: stock where nothing is gained, grouped queries where it is.
 
-On a CPU in 16 bits, transformers' `sdpa` runs few query rows slowly: it either repeats every key and value for each
-query head that shares it, or asks the kernel for grouped queries one row at a time. `kvbuy_grouped` folds the query
-heads of a KV head into rows of one head instead, so that each key and value is read once. README, "Measured", has the
-table behind the choice. The name is part of the profile; rows beyond `MANY_ROWS` run stock.
+On a CPU, transformers' `sdpa` runs few query rows slowly: it either repeats every key and value for each query head
+that shares it, or asks the kernel for grouped queries one row at a time. `kvbuy_grouped` folds the query heads of a KV
+head into rows of one head instead, so that each key and value is read once. README, "Measured", has the table behind
+the choice. The name is part of the profile; rows beyond `MANY_ROWS`, and single rows in float32, run stock.
 """
 
 from collections.abc import Iterator
@@ -21,10 +21,9 @@ MANY_ROWS = 64
 
 
 def use_best_attention(model: PreTrainedModel) -> str:
-    """Switch a freshly loaded model to the fastest attention for its device and dtype; returns the name."""
+    """Switch a freshly loaded model to the fastest attention for its device; returns the name."""
     stock: str = model.config._attn_implementation
-    few_rows_are_slow = model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16)
-    if stock == STOCK and few_rows_are_slow:
+    if stock == STOCK and model.device.type == "cpu":
         model.set_attn_implementation(GROUPED)
         return GROUPED
     return stock
@@ -54,8 +53,9 @@ def grouped_attention(
     """Attention with the signature of transformers' AttentionInterface."""
     groups = getattr(module, "num_key_value_groups", 1)
     batch, heads, rows, dim = query.shape
-    needs_stock = rows > MANY_ROWS or (rows > 1 and attention_mask is None) or options.get("position_bias") is not None
-    if groups == 1 or needs_stock or (attention_mask is not None and attention_mask.shape[1] != 1):
+    nothing_gained = groups == 1 or rows > MANY_ROWS or (rows == 1 and query.dtype == torch.float32)
+    needs_stock = (rows > 1 and attention_mask is None) or options.get("position_bias") is not None
+    if nothing_gained or needs_stock or (attention_mask is not None and attention_mask.shape[1] != 1):
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output, None
     if options.get("softcap") is not None:

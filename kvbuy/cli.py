@@ -225,17 +225,19 @@ def _open(
     from kvbuy.artifact import Artifact
     from kvbuy.fingerprint import profile_differences
     from kvbuy.models import find_model_for
-    from kvbuy.reuse import ROOM, Conversation, load_document
+    from kvbuy.reuse import ROOM, open_conversation
     from kvbuy.store import find_artifact
 
     artifact = Artifact.open(find_artifact(kv))
     if kv is None:
         render.say(f"artifact: {artifact.path}")
-    loaded = find_model_for(artifact.manifest, model, adapter=adapter, say=render.say).load(device)
-    differences = profile_differences(artifact.manifest.profile, loaded.profile(artifact.manifest.profile.block_size))
+    found = find_model_for(artifact.manifest, model, adapter=adapter, say=render.say)
+    conversation = open_conversation(artifact, found, device=device, reuse=reuse.value, room=room + ROOM)
+    block_size = artifact.manifest.profile.block_size
+    differences = profile_differences(artifact.manifest.profile, conversation.model.profile(block_size))
     if differences:
         render.say(f"warning: another profile ({'; '.join(differences)}): {NO_PROMISE}")
-    return Conversation(loaded, load_document(artifact, loaded, reuse=reuse.value, room=room + ROOM))
+    return conversation
 
 
 @app.command()

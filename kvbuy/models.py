@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from kvbuy.attention import use_best_attention
@@ -91,13 +91,18 @@ class FoundModel:
         with _loading(self.label):
             return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
 
+    def config(self) -> PreTrainedConfig:
+        """The model's config, as transformers reads it (ModelError where it cannot)."""
+        with _loading(self.label):
+            return AutoConfig.from_pretrained(self.folder, local_files_only=True)
+
     def load(self, device: str | None = None) -> Model:
         """Load it, on cuda, mps or cpu where no device is named.
 
         Raises:
             ModelError: transformers cannot load or run it here.
         """
-        place = _device(device)
+        place = choose_device(device)
         tokenizer = self.tokenizer()
         dtype = DTYPES[self.fingerprint.dtype]
         with _loading(self.label):
@@ -129,24 +134,17 @@ def find_model(
 def find_model_for(
     manifest: Manifest, name: str | None = None, *, adapter: str | None = None, say: Say = lambda _: None
 ) -> FoundModel:
-    """Find the model that an artifact belongs to: by its label, or by `name`. The fingerprint decides.
+    """Find the model that an artifact belongs to: by `name`, else its label, else KVBUY_MODEL. The fingerprint decides.
 
     Raises:
         ModelError: not found; give `name`.
         MisfitError: it is another model.
     """
-    label = manifest.model
-    wanted = name or (f"{label.name}@{label.revision}" if label.revision else label.name)
-    try:
-        folder, found = resolve_model(wanted, say=say)
-    except ModelError as error:
-        if name is None:
-            error.hint = f"the artifact was made with {wanted!r}; give --model the folder or Hub id of that model"
-        raise
+    folder, label = resolve_model(name, say=say) if name else _resolve_label(manifest.model, say=say)
     adapters = () if adapter is None else (resolve_model(adapter, say=say)[0],)
     fingerprint = model_fingerprint(folder, dtype=manifest.fingerprint.dtype, adapters=adapters)
     refuse_misfit(manifest, fingerprint)
-    return FoundModel(folder, found, fingerprint, adapters)
+    return FoundModel(folder, label, fingerprint, adapters)
 
 
 def load_model(
@@ -225,6 +223,28 @@ def processor_name(device: torch.device) -> str:
             flags = value
     features = [feature for feature in CPU_FEATURES if feature in flags.split()]
     return " ".join([platform.machine(), vendor, *features])
+
+
+def _resolve_label(label: ModelLabel, *, say: Say) -> tuple[Path, ModelLabel]:
+    """The model that an artifact names: in kvbuy's cache or on the Hub, else KVBUY_MODEL.
+
+    A label comes from a stranger: it never means a folder elsewhere on this machine.
+    """
+    if label.name == WHEEL_MODEL:
+        return _wheel_model(say), label
+    kept = cache_folder() / "models" / label.name
+    if "/" not in label.name and label.name.strip(".") and kept.is_dir():
+        return kept, label
+    hint = f"the artifact was made with {label.name!r}; give --model the folder or Hub id of that model"
+    try:
+        if "/" not in label.name:
+            raise ModelError(f"the model {label.name!r} was a local folder of the publisher's", hint=hint)
+        return fetch_model(label.name, revision=label.revision), label
+    except ModelError as error:
+        if os.environ.get("KVBUY_MODEL"):
+            return resolve_model(None, say=say)
+        error.hint = hint
+        raise
 
 
 def _default_model(say: Say) -> tuple[Path, ModelLabel]:
@@ -315,7 +335,8 @@ def _loading(label: ModelLabel) -> Iterator[None]:
         raise ModelError(f"transformers cannot load the model {label.name}: {error}") from error
 
 
-def _device(wanted: str | None) -> torch.device:
+def choose_device(wanted: str | None) -> torch.device:
+    """The device that is wanted, or the first there is of cuda, mps and cpu (ModelError where there is none such)."""
     if wanted is None:
         found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(found)

@@ -67,8 +67,8 @@ def verify(
     if prompt is not None:
         rows = encode_prompt(tokenizer, prompt, document_text=opened.read_text(), chat=manifest.document.chat)
     request = Request(
-        model=model or _label(opened),
-        adapter=adapter,
+        model=str(found.folder),
+        adapter=str(found.adapters[0]) if found.adapters else None,
         device=device,
         dtype=str(DTYPES[manifest.fingerprint.dtype]).removeprefix("torch."),
         block_size=manifest.profile.block_size,
@@ -177,11 +177,6 @@ def _tokens_are_the_text(artifact: Artifact, tokenizer: Any) -> bool:
     document = artifact.manifest.document
     token_ids = tokenizer(artifact.read_text(), add_special_tokens=not document.chat)["input_ids"]
     return tuple(token_ids) == artifact.read_tokens()
-
-
-def _label(artifact: Artifact) -> str:
-    label = artifact.manifest.model
-    return f"{label.name}@{label.revision}" if label.revision else label.name
 
 
 def _shared_steps(tokens: Sequence[int], others: Sequence[int]) -> int:

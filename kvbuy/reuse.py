@@ -7,6 +7,7 @@ under stock attention, and is exact to a single pass wherever `verify` says so.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from kvbuy.attention import stock_attention
 from kvbuy.cache import Reuse, load_artifact, reserve_cache, rewind_cache
 from kvbuy.decode import Sampling, Step, decode
 from kvbuy.document import encode_text, render_rest
-from kvbuy.models import Model, adopt_model, refuse_misfit, refuse_too_long
+from kvbuy.models import FoundModel, Model, adopt_model, choose_device, refuse_misfit, refuse_too_long
 
 ROOM = 1024  # tokens after the document that a loaded cache holds before it grows
 
@@ -82,13 +83,19 @@ def load(
 
 
 @torch.no_grad()
-def load_document(artifact: Artifact, model: Model, *, reuse: Reuse = "continue", room: int = ROOM) -> Loaded:
-    """Load an artifact's KV into a new cache with `room` for tokens after the document (errors: `load`)."""
+def load_document(
+    artifact: Artifact, model: Model, *, reuse: Reuse = "continue", room: int = ROOM, cache: Cache | None = None
+) -> Loaded:
+    """Load an artifact's KV, into a new cache with `room` for tokens after the document or a reserved one.
+
+    `seconds` counts the allocation of a new one. Errors: `load`.
+    """
     manifest = artifact.manifest
     refuse_misfit(manifest, model.fingerprint)
-    capacity = manifest.document.tokens + room
     started = time.perf_counter()
-    cache = reserve_cache(model.model.config, manifest, capacity=capacity, device=model.device)
+    if cache is None:
+        capacity = manifest.document.tokens + room
+        cache = reserve_cache(model.model.config, manifest, capacity=capacity, device=model.device)
     cached = load_artifact(artifact, cache, reuse=reuse, device=model.device)
     return Loaded(
         artifact=artifact,
@@ -99,6 +106,19 @@ def load_document(artifact: Artifact, model: Model, *, reuse: Reuse = "continue"
         reuse=reuse,
         seconds=time.perf_counter() - started,
     )
+
+
+def open_conversation(
+    artifact: Artifact, found: FoundModel, *, device: str | None, reuse: Reuse, room: int
+) -> "Conversation":
+    """Load a model and an artifact for questions; the cache's buffers are made ready while the weights load."""
+    manifest = artifact.manifest
+    capacity = manifest.document.tokens + room
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        place = choose_device(device)
+        reserved = pool.submit(reserve_cache, found.config(), manifest, capacity=capacity, device=place, touch=True)
+        model = found.load(device)
+        return Conversation(model, load_document(artifact, model, reuse=reuse, cache=reserved.result()))
 
 
 def generate(

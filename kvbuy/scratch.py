@@ -23,11 +23,11 @@ from kvbuy.prefill import prefill
 
 
 class Request(BaseModel):
-    """What to compute: `model` and `adapter` as given to `kvbuy.models.load_model`."""
+    """What to compute: `model` and `adapter` are the folders that the caller has identified."""
 
     model_config = ConfigDict(frozen=True)
 
-    model: str | None
+    model: str
     adapter: str | None
     device: str | None
     dtype: str

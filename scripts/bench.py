@@ -79,7 +79,12 @@ def bench_reuse(model: Model, artifact: Artifact, rows: list[int], folder: Path,
             return seconds(lambda: first_token(baseline_load()))
 
     def ours() -> float:
-        return seconds(lambda: first_token(load_document(artifact, model).cache))
+        capacity = tokens + len(rows) + 64
+        cache = reserve_cache(model.model.config, artifact.manifest, capacity=capacity, device=model.device, touch=True)
+        return seconds(lambda: first_token(load_document(artifact, model, cache=cache).cache))
+
+    def fresh() -> float:
+        return seconds(lambda: first_token(load_document(artifact, model, room=len(rows) + 64).cache))
 
     def resident() -> float:
         for layer in loaded.cache.layers:
@@ -95,12 +100,15 @@ def bench_reuse(model: Model, artifact: Artifact, rows: list[int], folder: Path,
     stock = baseline_load()
     reuse, base, ratio = paired(ours, baseline, repeats)
     _, kept, resident_ratio = paired(ours, resident, repeats)
+    unreserved, _, fresh_ratio = paired(fresh, baseline, repeats)
     fast, slow, step_ratio = paired(lambda: step(loaded.cache, model.attention), lambda: step(stock, STOCK), repeats)
     model.model.set_attn_implementation(model.attention)
     return {
         "load_and_first_token": reuse,
         "baseline_load_and_first_token": base,
         "ratio_to_baseline": ratio,
+        "load_with_allocation_and_first_token": unreserved,
+        "ratio_to_baseline_with_allocation": fresh_ratio,
         "resident_first_token": kept,
         "ratio_to_resident": resident_ratio,
         "decode_step": fast,
