@@ -16,7 +16,7 @@ from typing import BinaryIO, Self
 from blake3 import blake3
 
 from kvbuy.errors import DamagedError, ExistsError, StoreError
-from kvbuy.manifest import Manifest, Tensor, chain_blocks, parse_manifest
+from kvbuy.manifest import Manifest, StateTensor, Tensor, chain_blocks, parse_manifest
 
 SUFFIX = ".kv.safetensors"
 MAX_HEADER = 100_000_000  # what safetensors itself accepts
@@ -77,10 +77,13 @@ class Artifact:
         start, _ = self.manifest.block_span(index)
         self._read(f"block {index}", start, views, digest=self.manifest.blocks[index].digest)
 
-    def read_state(self, index: int, view: memoryview) -> None:
-        """Read the state tensor `manifest.state[index]` into `view` and check its digest (DamagedError)."""
-        tensor = self.manifest.state_tensors()[index]
-        self._read(tensor.name, tensor.start, [view], digest=self.manifest.state[index].digest)
+    def read_state(self, stored: StateTensor, tensor: Tensor, view: memoryview) -> None:
+        """Read one of `manifest.state`, lying at its one of `manifest.state_tensors()`, and check its digest.
+
+        Raises:
+            DamagedError: the bytes do not match the digest.
+        """
+        self._read(tensor.name, tensor.start, [view], digest=stored.digest)
 
     def read_tokens(self) -> tuple[int, ...]:
         """The document's token ids, digest checked (DamagedError)."""
@@ -115,8 +118,8 @@ class Artifact:
         for index in range(len(manifest.blocks)):
             start, end = manifest.block_span(index)
             self.read_block(index, [memoryview(bytearray(end - start))])
-        for index, tensor in enumerate(manifest.state_tensors()):
-            self.read_state(index, memoryview(bytearray(tensor.size)))
+        for stored, tensor in zip(manifest.state, manifest.state_tensors(), strict=True):
+            self.read_state(stored, tensor, memoryview(bytearray(tensor.size)))
 
     def _read_side(self, tensor: Tensor, *, digest: str) -> bytes:
         raw = bytearray(tensor.size)

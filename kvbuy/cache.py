@@ -255,9 +255,9 @@ def _load_state(artifact: Artifact, cache: Cache, *, tokens: int, device: torch.
     manifest = artifact.manifest
     beyond = manifest.document.tokens - tokens  # rows of the last short block, which aligned reuse runs again
     state: dict[int, dict[str, torch.Tensor]] = {}
-    for index, stored in enumerate(manifest.state):
+    for stored, place in zip(manifest.state, manifest.state_tensors(), strict=True):
         tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
-        artifact.read_state(index, _bytes(tensor))
+        artifact.read_state(stored, place, _bytes(tensor))
         state.setdefault(stored.layer, {})[stored.name] = tensor[None].to(device)
     for at, tensors in state.items():
         layer = cache.layers[at]

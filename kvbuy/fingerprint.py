@@ -35,7 +35,9 @@ def model_fingerprint(folder: Path, *, dtype: FloatType, adapters: Sequence[Path
     config = read_json(folder / "config.json")
     quantization = config.pop("quantization_config", None)
     return Fingerprint(
-        weights=_value_digest({str(path.relative_to(folder)): file_sha256(path) for path in _weight_files(folder)}),
+        weights=_value_digest(
+            {path.relative_to(folder).as_posix(): file_sha256(path) for path in _weight_files(folder)}
+        ),
         config=_value_digest({key: value for key, value in config.items() if key not in CONFIG_LABELS}),
         tokenizer=_tokenizer_digest(folder),
         chat_template=_template_digest(folder),

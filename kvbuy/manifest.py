@@ -44,8 +44,9 @@ FIRST_PARENT = "0" * 64
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "U8": 1}
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\Z")]
-Label = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*\Z")]
-FileName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f/\\:]+\Z")]
+UNSEEN = r"\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff"  # what a terminal must not be sent
+Label = Annotated[str, Field(min_length=1, max_length=200, pattern=rf"^[^{UNSEEN}]*\Z")]
+FileName = Annotated[str, Field(min_length=1, max_length=200, pattern=rf"^[^{UNSEEN}/\\:]+\Z")]
 FloatType = Literal["F32", "F16", "BF16"]
 Count = Annotated[int, Field(ge=0, lt=2**48)]
 Positive = Annotated[int, Field(ge=1, lt=2**48)]
@@ -317,6 +318,11 @@ class Manifest(Part):
         return {at: layer for at, layer in enumerate(self.layers) if isinstance(layer, FullLayer)}
 
 
+def as_label(name: str) -> str:
+    """A name as a label that a manifest may hold: what it must not hold becomes "_"."""
+    return re.sub(rf"[{UNSEEN}/\\:]", "_", name)[:200] or "_"
+
+
 def parse_manifest(raw: bytes) -> Manifest:
     """Parse a manifest by the format law.
 
@@ -333,8 +339,9 @@ def parse_manifest(raw: bytes) -> Manifest:
         manifest = Manifest.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ascii(".".join(str(step) for step in first["loc"]))[1:-1][:80] or "manifest"
-        raise DamagedError(f"the manifest breaks the format law at {where}: {first['msg']}") from error
+        where = ".".join(str(step) for step in first["loc"]) or "manifest"
+        reason = re.sub(f"[{UNSEEN}]", "?", f"{where[:80]}: {first['msg'][:200]}")
+        raise DamagedError(f"the manifest breaks the format law at {reason}") from error
     if manifest.canonical() != raw:
         raise DamagedError("the manifest is not canonical JSON (spacing, order or a duplicate key)")
     return manifest

@@ -28,7 +28,7 @@ from kvbuy.cache import DTYPES, NAMES
 from kvbuy.errors import DocumentError, MisfitError, ModelError
 from kvbuy.fingerprint import fingerprint_differences, model_fingerprint, read_json
 from kvbuy.hub import fetch_model
-from kvbuy.manifest import Fingerprint, Manifest, ModelLabel, Profile
+from kvbuy.manifest import Fingerprint, Manifest, ModelLabel, Profile, as_label
 from kvbuy.store import cache_folder
 
 LARGE_DEFAULT = "Qwen/Qwen3-4B"  # the paper's model
@@ -196,7 +196,7 @@ def resolve_model(name: str | None, *, say: Say) -> tuple[Path, ModelLabel]:
         return _default_model(say)
     if Path(name).expanduser().is_dir():
         folder = Path(name).expanduser().resolve()
-        return folder, ModelLabel(name=folder.name, revision=None)
+        return folder, ModelLabel(name=as_label(folder.name), revision=None)
     if name == WHEEL_MODEL:
         return _wheel_model(say), ModelLabel(name=WHEEL_MODEL, revision=None)
     repo, _, revision = name.partition("@")

@@ -30,7 +30,7 @@ from kvbuy.cache import (
 from kvbuy.decode import greedy
 from kvbuy.document import CHAT_PROBE, PROBE, Document, encode_document, encode_prompt
 from kvbuy.manifest import Document as DocumentPart
-from kvbuy.manifest import Manifest, Receipt, chain_blocks
+from kvbuy.manifest import Manifest, Receipt, as_label, chain_blocks
 from kvbuy.models import Model, refuse_too_long
 
 BLOCK_SIZE = 512  # README, "Measured": the smallest that is aligned, and as fast as one pass
@@ -151,7 +151,7 @@ def _cuts(tokens: int, block_size: int) -> list[tuple[int, int]]:
 
 def _describe(document: Document, raw_text: bytes, tokens: bytes) -> DocumentPart:
     return DocumentPart(
-        name=document.name,
+        name=as_label(document.name),
         chat=document.chat,
         text_bytes=len(raw_text),
         text_digest=content_digest([raw_text]),

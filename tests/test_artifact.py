@@ -65,7 +65,7 @@ def test_a_block_is_read_into_the_caller_s_views(artifact: Artifact) -> None:
 def test_state_is_read_into_the_caller_s_view(artifact: Artifact) -> None:
     found = [bytearray(tensor.size) for tensor in artifact.manifest.state_tensors()]
     for index, raw in enumerate(found):
-        artifact.read_state(index, memoryview(raw))
+        artifact.read_state(artifact.manifest.state[index], artifact.manifest.state_tensors()[index], memoryview(raw))
     assert found == handmade()[1][3:7]
 
 

@@ -75,7 +75,7 @@ def test_a_golden_artifact_s_state_is_what_plain_safetensors_reads(name: str) ->
     artifact, tensors = Artifact.open(golden(name)), load_file(golden(name))
     for index, tensor in enumerate(artifact.manifest.state_tensors()):
         view = bytearray(tensor.size)
-        artifact.read_state(index, memoryview(view))
+        artifact.read_state(artifact.manifest.state[index], artifact.manifest.state_tensors()[index], memoryview(view))
         assert view == raw_bytes(tensors[tensor.name])
 
 

@@ -147,6 +147,8 @@ FILES = {
     "version-of-5000-digits": with_manifest(MANIFEST.replace('"version":1', '"version":' + "1" * 5000)),
     "unknown-codec": with_fact("codec", "pickle"),
     "unknown-layer-kind": with_fact("layers.0.kind", "os.system"),
+    "layer-kind-with-an-escape-sequence": with_fact("layers.0.kind", "\x1b]0;owned\x07"),
+    "layer-kind-of-five-thousand-letters": with_fact("layers.0.kind", "x" * 5000),
     "document-named-as-a-parent-folder": with_fact("document.name", "../doc.txt"),
     "document-name-with-a-newline": with_fact("document.name", "doc.txt\n"),
     "escape-sequence-in-the-model-s-name": with_fact("model.name", "\x1b]0;owned\x07"),
