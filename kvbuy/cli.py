@@ -48,7 +48,7 @@ ReuseOption = Annotated[ReuseMode, typer.Option("--reuse", help="continue: faste
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")]
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
 TopPOption = Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Sample from this nucleus.")]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")]
 StopOption = Annotated[list[str] | None, typer.Option("--stop", help="Stop before this text; may be repeated.")]
 
 
@@ -129,8 +129,9 @@ def generate(
     """
     from kvbuy import render
     from kvbuy.decode import Sampling
+    from kvbuy.document import read_prompt
 
-    texts = [sys.stdin.read().strip("\n") if prompt == "-" else prompt for prompt in prompts]
+    texts = [read_prompt(prompt) for prompt in prompts]
     conversation = _open(kv, model, adapter, device, reuse, room=max_new_tokens)
     answers = []
     for text in texts:

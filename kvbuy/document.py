@@ -42,14 +42,23 @@ def read_document(source: str) -> str:
         raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
     except OSError as error:
         raise DocumentError(f"cannot read the document {source}: {error.strerror}") from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        hint = "convert it first, for example: iconv -f latin1 -t utf8 IN > OUT (and a PDF with pdftotext)"
-        raise DocumentError(f"{source} is not UTF-8 text (byte {error.start})", hint=hint) from None
+    text = _decode(raw, source=source)
     if not text.strip():
         raise DocumentError(f"the document {source} is empty")
     return text
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt itself, or for "-" stdin without its last line break (DocumentError where it is not UTF-8)."""
+    return _decode(sys.stdin.buffer.read(), source="stdin").rstrip("\r\n") if prompt == "-" else prompt
+
+
+def _decode(raw: bytes, *, source: str) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        hint = "convert it first, for example: iconv -f latin1 -t utf8 IN > OUT (and a PDF with pdftotext)"
+        raise DocumentError(f"{source} is not UTF-8 text (byte {error.start})", hint=hint) from None
 
 
 def encode_document(tokenizer: Any, text: str, *, name: str, chat: bool) -> Document:
@@ -112,6 +121,8 @@ def render_chat(tokenizer: Any, messages: list[Message]) -> str:
 
 def encode_text(tokenizer: Any, text: str) -> tuple[int, ...]:
     """The token ids of a text that stands after a document: no special tokens are added."""
+    if any("\ud800" <= symbol <= "\udfff" for symbol in text):
+        raise DocumentError("the prompt is not UTF-8 text")
     token_ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not token_ids:
         raise DocumentError("the prompt is empty", hint='ask something: --prompt "..."')

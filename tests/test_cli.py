@@ -151,9 +151,26 @@ def test_several_prompts_are_answered_from_one_load(run: Run, precomputed: Ran) 
 def test_a_prompt_is_read_from_stdin(run: Run, precomputed: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
     import io
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO("What then?\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What then?\n")))
     args = ["generate", "--model", "model", "--max-new-tokens", "2", "--json"]
     assert run(*args, "--prompt", "-").json["computed_tokens"] == len("What then?")
+
+
+def test_a_prompt_that_is_not_utf8_is_refused(run: Run, precomputed: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    piped = run("generate", "--model", "model", "--prompt", "-")
+    typed = run("generate", "--model", "model", "--prompt", "caf\udce9")
+    assert (piped.code, typed.code) == (1, 1)
+    assert "stdin is not UTF-8 text (byte 3)" in piped.err
+    assert "the prompt is not UTF-8 text" in typed.err
+
+
+def test_a_strange_file_name_becomes_a_label(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a:b\n.txt").write_text("Text.")
+    assert run("precompute", "a:b\n.txt", "--model", "model").code == 0
+    assert run("inspect", "--json").json["manifest"]["document"]["name"] == "a_b_.txt"
 
 
 def test_chat_answers_follow_ups_and_forgets(run: Run, precomputed: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
