@@ -21,6 +21,7 @@ from kvbuy.manifest import Manifest, StateTensor, Tensor, chain_blocks, parse_ma
 SUFFIX = ".kv.safetensors"
 MAX_HEADER = 100_000_000  # what safetensors itself accepts
 MIN_ENTRY = 60  # bytes that a tensor takes in a header at least
+HEADER_START = b'{"__metadata__":{"format":"pt","kvbuy":'
 BATCH = 8  # views a system call: about a megabyte, which stays in a core's cache until it is hashed
 
 Buffer = bytes | bytearray | memoryview
@@ -150,7 +151,7 @@ def write_artifact(path: Path, manifest: Manifest, buffers: Iterable[Buffer], *,
         StoreError: the file cannot be written (no space, no permission); nothing is left behind.
     """
     refuse_unwritable(path, force=force)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".kvbuy-{secrets.token_hex(8)}.tmp")
     header = manifest.header()
     written = 0
     try:
@@ -184,6 +185,8 @@ def refuse_unwritable(path: Path, *, force: bool) -> None:
         raise StoreError(f"there is no folder {path.parent}", hint=f"make it: mkdir -p {path.parent}")
     if not os.access(path.parent, os.W_OK):
         raise StoreError(f"the folder {path.parent} cannot be written", hint="give --out another one")
+    if path.is_dir():
+        raise StoreError(f"{path} is a folder", hint="give --out another name")
     if path.exists() and not force:
         raise ExistsError(f"{path} is there already", hint="give --force to replace it, or --out for another name")
 
@@ -201,14 +204,14 @@ def _read_header(file: BinaryIO) -> bytes:
 
 def _manifest_bytes(header: bytes) -> bytes:
     """The manifest inside a header, found without trusting anything else in it."""
-    try:
-        entries = json.loads(header[8:])
-        manifest = entries["__metadata__"]["kvbuy"]
-        if not isinstance(manifest, str):
-            raise TypeError
-        return manifest.encode()
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise DamagedError("this safetensors file is no kvbuy artifact: it holds no manifest") from None
+    if header.startswith(HEADER_START, 8):  # the law fixes how a header begins: nothing else of it is parsed
+        try:
+            manifest, _ = json.JSONDecoder().raw_decode(header[8 + len(HEADER_START) :].decode())
+            if isinstance(manifest, str):
+                return manifest.encode()
+        except ValueError:
+            pass  # refused below, as whatever else is no manifest
+    raise DamagedError("this safetensors file is no kvbuy artifact: it holds no manifest")
 
 
 def _fill(file: BinaryIO, views: Sequence[memoryview]) -> None:

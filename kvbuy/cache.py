@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from kvbuy.artifact import Artifact, content_digest
-from kvbuy.errors import UnsupportedCache, UsageError
+from kvbuy.errors import DamagedError, UnsupportedCache, UsageError
 from kvbuy.manifest import FloatType, FullLayer, Layer, Manifest, RecurrentLayer, SlidingLayer, StateTensor
 
 Reuse = Literal["continue", "align"]
@@ -61,9 +61,10 @@ class BufferedLayer(DynamicLayer):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         start = self.keys.shape[-2]
         end = start + key_states.shape[-2]
-        if end > self.capacity or self.keys.data_ptr() != self.buffers()[0].data_ptr():
+        replaced = self.keys.untyped_storage().data_ptr() != self.buffers()[0].untyped_storage().data_ptr()
+        if end > self.capacity or replaced:
             keys, values = self.keys, self.values
-            self.capacity = max(self.capacity, 2 * end)
+            self.capacity = self.capacity if end <= self.capacity else 2 * end
             self._allocate(keys, values)
             for buffer, old in zip(self.buffers(), (keys, values), strict=True):
                 buffer[:, :, :start] = old
@@ -124,13 +125,31 @@ def reserve_cache(
 
     `touch` them ahead where there is time for it: a read into untouched memory takes twice as long.
     """
+    refuse_foreign_layers(config, manifest)
     cache = empty_cache(config, capacity=capacity)
+    if len(_full_layers(cache)) != sum(layer.kind == "full" for layer in manifest.layers):
+        raise DamagedError("the artifact has other kinds of layers than the model")
     for layer, described in zip(_full_layers(cache), (x for x in manifest.layers if x.kind == "full"), strict=True):
         assert isinstance(described, FullLayer)  # kind says so
         layer.reserve(described, dtype=DTYPES[manifest.fingerprint.dtype], device=device)
         for buffer in layer.buffers() if touch else ():
             buffer.zero_()
     return cache
+
+
+def refuse_foreign_layers(config: PreTrainedConfig, manifest: Manifest) -> None:
+    """Say before buffers are allocated that an artifact's layers cannot be the model's (DamagedError).
+
+    Bounds only: what the layers really are is known once the model runs (`kvbuy.models.refuse_foreign_shapes`).
+    """
+    text = config.get_text_config(decoder=True)
+    if len(manifest.layers) != text.num_hidden_layers:
+        raise DamagedError(f"the artifact has {len(manifest.layers)} layers, the model {text.num_hidden_layers}")
+    heads = text.num_attention_heads
+    widest = 4 * max(getattr(text, "head_dim", None) or 0, text.hidden_size // heads)  # latent attention widens heads
+    for index, layer in enumerate(manifest.layers):
+        if layer.kind == "full" and (layer.heads > heads or max(layer.key_dim, layer.value_dim) > widest):
+            raise DamagedError(f"layer {index} is larger in the artifact than the model can make it")
 
 
 def load_artifact(artifact: Artifact, cache: Cache, *, reuse: Reuse, device: torch.device) -> int:
@@ -158,8 +177,11 @@ def load_artifact(artifact: Artifact, cache: Cache, *, reuse: Reuse, device: tor
 
 def rewind_cache(artifact: Artifact, cache: Cache, *, tokens: int, device: torch.device) -> None:
     """Put a loaded cache back to the document's first `tokens` tokens: views shrink, small state is read again."""
-    for layer in _full_layers(cache):
-        layer.show(tokens)
+    for layer in cache.layers:
+        if isinstance(layer, BufferedLayer):
+            layer.show(tokens)
+        else:
+            layer.reset()
     if tokens:
         _load_state(artifact, cache, tokens=tokens, device=device)
 

@@ -1,7 +1,8 @@
 """The command line: a short recipe a verb. Errors, exit codes and JSON meet in `main`, the one place that catches."""
 
-import os
+import io
 import sys
+import warnings
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,6 @@ import typer
 
 if TYPE_CHECKING:
     from kvbuy.reuse import Conversation
-
-NO_PROMISE = "bit-exactness is not promised here; `kvbuy verify` measures it"
 
 app = typer.Typer(
     help="A document's KV cache, computed once, verified, and loaded instead of prefilled.",
@@ -63,7 +62,7 @@ def precompute(
     chat: Annotated[bool, typer.Option("--chat", help="Put the document into the model's chat template.")] = False,
     device: DeviceOption = None,
     dtype: Annotated[Dtype | None, typer.Option("--dtype", help="[default: the model's own]")] = None,
-    block_size: Annotated[int, typer.Option("--block-size", min=16, help="Tokens a block; a multiple of 16.")] = 512,
+    block_size: Annotated[int, typer.Option("--block-size", help="Tokens a block; a multiple of 16.")] = 512,
     force: Annotated[bool, typer.Option("--force", help="Replace existing artifacts.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -74,11 +73,10 @@ def precompute(
     from kvbuy import render
     from kvbuy.artifact import refuse_unwritable
     from kvbuy.document import read_document
-    from kvbuy.errors import UsageError
+    from kvbuy.manifest import refuse_block_size
     from kvbuy.store import name_artifacts
 
-    if block_size % 16:
-        raise UsageError(f"--block-size must be a multiple of 16, {block_size} is not")
+    refuse_block_size(block_size)
     paths = name_artifacts(documents, out)
     for path in paths:
         refuse_unwritable(path, force=force)
@@ -173,6 +171,7 @@ def chat(
     """
     from kvbuy import render
     from kvbuy.decode import Sampling
+    from kvbuy.errors import DocumentError
 
     conversation = _open(kv, model, adapter, device, reuse, room=max_new_tokens)
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
@@ -181,9 +180,13 @@ def chat(
         if question == "/forget":
             conversation.forget()
         elif question.strip():
-            answer = conversation.ask(
-                question, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop or (), on_text=render.stream
-            )
+            try:
+                answer = conversation.ask(
+                    question, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop or (), on_text=render.stream
+                )
+            except DocumentError as error:  # a question too long must not end the conversation
+                render.print_error(error, as_json=False)
+                continue
             render.stream("\n")
             render.say(render.generation_line(answer))
 
@@ -236,7 +239,6 @@ def _open(
     """Load an artifact and its model for questions."""
     from kvbuy import render
     from kvbuy.artifact import Artifact
-    from kvbuy.fingerprint import profile_differences
     from kvbuy.models import find_model_for
     from kvbuy.reuse import ROOM, open_conversation
     from kvbuy.store import find_artifact
@@ -245,12 +247,7 @@ def _open(
     if kv is None:
         render.say(f"artifact: {artifact.path}")
     found = find_model_for(artifact.manifest, model, adapter=adapter, say=render.say)
-    conversation = open_conversation(artifact, found, device=device, reuse=reuse.value, room=room + ROOM)
-    block_size = artifact.manifest.profile.block_size
-    differences = profile_differences(artifact.manifest.profile, conversation.model.profile(block_size))
-    if differences:
-        render.say(f"warning: another profile ({'; '.join(differences)}): {NO_PROMISE}")
-    return conversation
+    return open_conversation(artifact, found, device=device, reuse=reuse.value, room=room + ROOM)
 
 
 @app.command()
@@ -273,20 +270,16 @@ def inspect(artifact: ArtifactArgument = None, json: JsonOption = False) -> None
 def main() -> None:
     """Entry of the `kvbuy` command."""
     from kvbuy.errors import KvbuyError
+    from kvbuy.render import print_error, say
 
+    warnings.showwarning = lambda message, *_: say(f"warning: {message}")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal's encoding does not
     try:
         app()
     except KvbuyError as error:
-        from kvbuy.render import print_error
-
         print_error(error, as_json="--json" in sys.argv)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written is left behind", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,6 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
     if sampling.temperature == 0:
         return int(logits.argmax())
     none = torch.empty((1, 0), dtype=torch.long)  # the processors' history, which these two do not look at
-    scores = TemperatureLogitsWarper(sampling.temperature)(none, logits[None])
+    scores = TemperatureLogitsWarper(sampling.temperature)(none, (logits - logits.max())[None])  # no overflow
     scores = TopPLogitsWarper(sampling.top_p)(none, scores) if sampling.top_p < 1 else scores
     return int(torch.multinomial(scores.softmax(-1)[0].cpu(), 1, generator=generator))

@@ -39,7 +39,7 @@ def read_document(source: str) -> str:
         DocumentError: missing, not UTF-8, or empty.
     """
     try:
-        raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        raw = _read_stdin() if source == "-" else Path(source).read_bytes()
     except OSError as error:
         raise DocumentError(f"cannot read the document {source}: {error.strerror}") from error
     text = _decode(raw, source=source)
@@ -50,7 +50,19 @@ def read_document(source: str) -> str:
 
 def read_prompt(prompt: str) -> str:
     """The prompt itself, or for "-" stdin without its last line break (DocumentError where it is not UTF-8)."""
-    return _decode(sys.stdin.buffer.read(), source="stdin").rstrip("\r\n") if prompt == "-" else prompt
+    return _decode(_read_stdin(), source="stdin").rstrip("\r\n") if prompt == "-" else prompt
+
+
+def refuse_surrogates(text: str) -> None:
+    """Raise DocumentError where a text is not UTF-8: halves of characters, as undecodable arguments become."""
+    if any("\ud800" <= symbol <= "\udfff" for symbol in text):
+        raise DocumentError("the text is not UTF-8")
+
+
+def _read_stdin() -> bytes:
+    if sys.stdin is None:
+        raise DocumentError("stdin is closed", hint="pipe the text in, or name a file")
+    return sys.stdin.buffer.read()
 
 
 def _decode(raw: bytes, *, source: str) -> str:
@@ -74,7 +86,10 @@ def encode_document(tokenizer: Any, text: str, *, name: str, chat: bool) -> Docu
         text, found, _ = rendered.partition(MARK)
         if not found or not text.endswith(SEPARATOR):
             raise DocumentError("this model's chat template changes the question", hint="precompute without --chat")
+    refuse_surrogates(text)
     token_ids = tuple(tokenizer(text, add_special_tokens=not chat)["input_ids"])
+    if not token_ids:
+        raise DocumentError(f"the document {name} is empty")
     return Document(name=name, text=text, chat=chat, token_ids=token_ids)
 
 
@@ -121,8 +136,7 @@ def render_chat(tokenizer: Any, messages: list[Message]) -> str:
 
 def encode_text(tokenizer: Any, text: str) -> tuple[int, ...]:
     """The token ids of a text that stands after a document: no special tokens are added."""
-    if any("\ud800" <= symbol <= "\udfff" for symbol in text):
-        raise DocumentError("the prompt is not UTF-8 text")
+    refuse_surrogates(text)
     token_ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not token_ids:
         raise DocumentError("the prompt is empty", hint='ask something: --prompt "..."')

@@ -32,6 +32,10 @@ class KvbuyError(Exception):
         self.hint = hint
 
 
+class ProfileWarning(UserWarning):
+    """An artifact was made on another profile: it may be loaded, its bits are not promised."""
+
+
 class UsageError(KvbuyError):
     """The request contradicts itself."""
 

@@ -33,6 +33,11 @@ def model_fingerprint(folder: Path, *, dtype: FloatType, adapters: Sequence[Path
         ModelError: the folder holds no model, or its weights are not safetensors.
     """
     config = read_json(folder / "config.json")
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"the model folder {folder.name!r} holds an adapter too, which transformers would apply silently",
+            hint="move it to a folder of its own and give that to --adapter",
+        )
     quantization = config.pop("quantization_config", None)
     return Fingerprint(
         weights=_value_digest(
@@ -102,14 +107,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    if (folder / "model.safetensors").exists():  # transformers looks for it first, and so it is what runs
+        return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.exists():
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise ModelError(f"{index.name} of the model {folder.name!r} holds no weight_map")
         return sorted({folder / str(name) for name in names.values()})
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
     raise ModelError(
         f"the model {folder.name!r} has no safetensors weights",
         hint="convert it once: AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER)",

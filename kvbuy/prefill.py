@@ -30,7 +30,7 @@ from kvbuy.cache import (
 from kvbuy.decode import greedy
 from kvbuy.document import CHAT_PROBE, PROBE, Document, encode_document, encode_prompt
 from kvbuy.manifest import Document as DocumentPart
-from kvbuy.manifest import Manifest, Receipt, as_label, chain_blocks
+from kvbuy.manifest import Manifest, Receipt, as_label, chain_blocks, refuse_block_size
 from kvbuy.models import Model, refuse_too_long
 
 BLOCK_SIZE = 512  # README, "Measured": the smallest that is aligned, and as fast as one pass
@@ -50,7 +50,7 @@ class Precomputed:
 @torch.no_grad()
 def precompute(
     text: str,
-    out: Path,
+    out: Path | str,
     *,
     model: Model,
     name: str,
@@ -66,8 +66,11 @@ def precompute(
     Raises:
         DocumentError: too long for the model, or its chat template cannot hold it.
         UnsupportedCache: the model's cache cannot be stored.
+        UsageError: no block can have `block_size` tokens.
         ExistsError, StoreError: `out` cannot be written; nothing is left behind.
     """
+    out = Path(out)
+    refuse_block_size(block_size)
     refuse_unwritable(out, force=force)
     document = encode_document(model.tokenizer, text, name=name, chat=chat)
     probe = CHAT_PROBE if chat else PROBE

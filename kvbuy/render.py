@@ -23,14 +23,14 @@ Json = dict[str, Any]
 
 def print_json(value: Json) -> None:
     """One JSON object on stdout. What is not a finite number becomes null."""
-    print(json.dumps(_finite(value), ensure_ascii=False), flush=True)
+    print(json.dumps(_finite(value)), flush=True)
 
 
 def print_table(table: "Table") -> None:
     """A table on stdout."""
     from rich.console import Console
 
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False, emoji=False).print(table)
 
 
 def say(text: str) -> None:
@@ -76,7 +76,13 @@ def token_progress() -> Iterator[Callable[[str, int, int], None]]:
         def render(self, task: Task) -> Text:
             return Text(f"{task.finished_speed or task.speed or 0:.0f} tokens/s")
 
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), Speed()]
+    columns = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens"),
+        Speed(),
+    ]
     tasks: dict[str, Any] = {}
     with Progress(*columns, TimeLeft(), console=Console(stderr=True), transient=True) as bar:
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ from transformers import DynamicCache
 
 from kvbuy.artifact import Artifact
 from kvbuy.attention import stock_attention
-from kvbuy.cache import DTYPES, Reuse
+from kvbuy.cache import DTYPES, Reuse, refuse_foreign_layers
 from kvbuy.decode import greedy
 from kvbuy.document import encode_prompt
-from kvbuy.errors import DamagedError, MisfitError, UsageError
+from kvbuy.errors import DamagedError, DocumentError, MisfitError, UsageError
 from kvbuy.fingerprint import profile_differences
 from kvbuy.manifest import Receipt
-from kvbuy.models import Model, find_model_for
+from kvbuy.models import Model, find_model_for, refuse_foreign_shapes
 from kvbuy.prefill import logits_digest
 from kvbuy.reuse import load_document
 from kvbuy.scratch import Request, Scratch, run_from_scratch
@@ -61,8 +62,14 @@ def verify(
     tokenizer = found.tokenizer()
     if not _tokens_are_the_text(opened, tokenizer):
         return Wrong(reason="its token ids are not those of its text", exact=None, drift={})
-    if quick:
-        return _judge_receipt(opened, found.load(device))
+    if not _receipt_is_of_its_prompt(opened, tokenizer):
+        return Wrong(reason="its receipt's token ids are not those of its prompt", exact=None, drift={})
+    try:
+        refuse_foreign_layers(found.config(), manifest)
+        if quick:
+            return _judge_receipt(opened, found.load(device))
+    except DamagedError as error:
+        return Wrong(reason=error.message, exact=None, drift={})
     rows = manifest.receipt.prompt_tokens
     if prompt is not None:
         rows = encode_prompt(tokenizer, prompt, document_text=opened.read_text(), chat=manifest.document.chat)
@@ -77,7 +84,12 @@ def verify(
         max_new_tokens=max_new_tokens,
     )
     scratch = run_from_scratch(request, progress=lambda done: progress("from scratch", done, manifest.document.tokens))
-    return _judge(opened, found.load(device), scratch, rows, progress)  # loaded only now: one model in memory at a time
+    loaded = found.load(device)  # only now: one model in memory at a time
+    try:
+        refuse_foreign_shapes(manifest, loaded)
+    except DamagedError as error:
+        return Wrong(reason=error.message, exact=None, drift={})
+    return _judge(opened, loaded, scratch, rows, progress)
 
 
 def _judge(
@@ -97,7 +109,9 @@ def _judge(
         return Exact(exact=exact, drift=drift)
     if profile:
         return Inexact(profile=profile, exact=exact, drift=drift)
-    return Wrong(reason="on this very profile a prefill from scratch gives other bits", exact=exact, drift=drift)
+    only_receipt = replace(exact, receipt_equal=True).holds
+    what = "the receipt comes out differently" if only_receipt else "a prefill from scratch gives other bits"
+    return Wrong(reason=f"on this very profile {what}", exact=exact, drift=drift)
 
 
 def _judge_receipt(artifact: Artifact, model: Model) -> Replayed | Inexact | Wrong:
@@ -177,6 +191,15 @@ def _tokens_are_the_text(artifact: Artifact, tokenizer: Any) -> bool:
     document = artifact.manifest.document
     token_ids = tokenizer(artifact.read_text(), add_special_tokens=not document.chat)["input_ids"]
     return tuple(token_ids) == artifact.read_tokens()
+
+
+def _receipt_is_of_its_prompt(artifact: Artifact, tokenizer: Any) -> bool:
+    receipt, chat = artifact.manifest.receipt, artifact.manifest.document.chat
+    try:
+        token_ids = encode_prompt(tokenizer, receipt.prompt, document_text=artifact.read_text(), chat=chat)
+    except DocumentError:
+        return False
+    return token_ids == receipt.prompt_tokens
 
 
 def _shared_steps(tokens: Sequence[int], others: Sequence[int]) -> int:

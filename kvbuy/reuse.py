@@ -6,6 +6,7 @@ under stock attention, and is exact to a single pass wherever `verify` says so.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -21,7 +22,18 @@ from kvbuy.attention import stock_attention
 from kvbuy.cache import Reuse, load_artifact, reserve_cache, rewind_cache
 from kvbuy.decode import Sampling, Step, decode
 from kvbuy.document import encode_text, render_rest
-from kvbuy.models import FoundModel, Model, adopt_model, choose_device, refuse_misfit, refuse_too_long
+from kvbuy.errors import ProfileWarning, UsageError
+from kvbuy.fingerprint import profile_differences
+from kvbuy.models import (
+    FoundModel,
+    Model,
+    adopt_model,
+    choose_device,
+    context_length,
+    refuse_foreign_shapes,
+    refuse_misfit,
+    refuse_too_long,
+)
 
 ROOM = 1024  # tokens after the document that a loaded cache holds before it grows
 
@@ -77,9 +89,10 @@ def load(
         MisfitError: it was made with another model.
     """
     opened = artifact if isinstance(artifact, Artifact) else Artifact.open(Path(artifact))
-    return load_document(
-        opened, model if isinstance(model, Model) else adopt_model(model), reuse=reuse, room=room
-    ).cache
+    known = model if isinstance(model, Model) else adopt_model(model)
+    loaded = load_document(opened, known, reuse=reuse, room=room)
+    warn_of_profile(opened, known)
+    return loaded.cache
 
 
 @torch.no_grad()
@@ -92,6 +105,7 @@ def load_document(
     """
     manifest = artifact.manifest
     refuse_misfit(manifest, model.fingerprint)
+    refuse_foreign_shapes(manifest, model)
     started = time.perf_counter()
     if cache is None:
         capacity = manifest.document.tokens + room
@@ -113,12 +127,22 @@ def open_conversation(
 ) -> "Conversation":
     """Load a model and an artifact for questions; the cache's buffers are made ready while the weights load."""
     manifest = artifact.manifest
-    capacity = manifest.document.tokens + room
     with ThreadPoolExecutor(max_workers=1) as pool:
         place = choose_device(device)
+        capacity = min(manifest.document.tokens + room, max(manifest.document.tokens, context_length(found.config())))
         reserved = pool.submit(reserve_cache, found.config(), manifest, capacity=capacity, device=place, touch=True)
         model = found.load(device)
-        return Conversation(model, load_document(artifact, model, reuse=reuse, cache=reserved.result()))
+        loaded = load_document(artifact, model, reuse=reuse, cache=reserved.result())
+    warn_of_profile(artifact, model)
+    return Conversation(model, loaded)
+
+
+def warn_of_profile(artifact: Artifact, model: Model) -> None:
+    """Warn, once a load, where the artifact was made on another profile than this one."""
+    profile = artifact.manifest.profile
+    if differences := profile_differences(profile, model.profile(profile.block_size)):
+        promise = "bit-exactness is not promised here; `kvbuy verify` measures it"
+        warnings.warn(f"another profile ({'; '.join(differences)}): {promise}", ProfileWarning, stacklevel=3)
 
 
 def generate(
@@ -139,8 +163,8 @@ def generate(
         DocumentError: the prompt is empty or too long, or the chat template has changed.
     """
     opened = artifact if isinstance(artifact, Artifact) else Artifact.open(Path(artifact))
-    loaded = load_document(opened, model, reuse=reuse, room=max_new_tokens + ROOM)
-    conversation = Conversation(model, loaded)
+    conversation = Conversation(model, load_document(opened, model, reuse=reuse, room=ROOM))
+    warn_of_profile(opened, model)
     return conversation.ask(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, on_text=on_text)
 
 
@@ -164,6 +188,8 @@ class Conversation:
         on_text: Callable[[str], None] = lambda _: None,
     ) -> Generation:
         """Answer a question that follows the turns so far (errors: `generate`)."""
+        if max_new_tokens < 1 or "" in stop:
+            raise UsageError("an answer needs room for a token, and stop strings must not be empty")
         rest = self._render(prompt)
         if not rest.startswith(self._ran):  # the template writes earlier turns anew: run them again
             self.rewind()
@@ -173,9 +199,13 @@ class Conversation:
         refuse_too_long(self.model, cached, extra=len(rows) + max_new_tokens)
         started = time.perf_counter()
         attention = stock_attention(self.model.model) if self.loaded.reuse == "align" else nullcontext()
-        with attention:
-            steps = decode(self.model, self.loaded.cache, rows, max_new_tokens=max_new_tokens, sampling=sampling)
-            answer = _collect(self.model, steps, stop=stop, on_text=on_text)
+        try:
+            with attention:
+                steps = decode(self.model, self.loaded.cache, rows, max_new_tokens=max_new_tokens, sampling=sampling)
+                answer = _collect(self.model, steps, stop=stop, on_text=on_text)
+        except BaseException:  # rows of half an answer must not stand before the next question
+            self.rewind()
+            raise
         self.turns.append((prompt, answer.text))
         self._ran = rest + answer.spoken
         self._pending = () if answer.ended else answer.token_ids[-1:]

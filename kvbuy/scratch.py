@@ -71,9 +71,11 @@ def run_from_scratch(request: Request, *, progress: Callable[[int], None] = lamb
     with tempfile.TemporaryDirectory(prefix="kvbuy-") as folder:
         asked, logits = Path(folder) / "request.json", Path(folder) / "logits.safetensors"
         asked.write_text(request.model_dump_json(), encoding="utf-8")
-        command = [sys.executable, "-m", "kvbuy.scratch", str(asked), str(logits)]
+        command = [sys.executable, "-P", "-m", "kvbuy.scratch", str(asked), str(logits)]
         with (Path(folder) / "stderr").open("w+", encoding="utf-8") as errors:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8"
+            )
             try:
                 last = _follow(process, progress)
             finally:
@@ -99,7 +101,7 @@ def _follow(process: subprocess.Popen[str], progress: Callable[[int], None]) -> 
 
 
 @torch.no_grad()
-def compute(request: Request, logits_path: Path) -> Result:
+def compute(request: Request, logits_path: Path, tell: Callable[[Message], None]) -> Result:
     """The fresh process's work."""
     model = load_model(request.model, adapter=request.adapter, device=request.device, dtype=request.dtype)
     room = len(request.prompt) + request.max_new_tokens
@@ -110,7 +112,7 @@ def compute(request: Request, logits_path: Path) -> Result:
         request.document,
         cache,
         block_size=request.block_size,
-        progress=lambda done, _: print(Message(done=done).model_dump_json(), flush=True),
+        progress=lambda done, _: tell(Message(done=done)),
     )
     state = [described.digest for described, _ in state_tensors(cache)]
     forget_windows(cache)
@@ -122,12 +124,16 @@ def compute(request: Request, logits_path: Path) -> Result:
 def main() -> None:
     """Entry of the fresh process."""
     asked, logits = map(Path, sys.argv[1:])
+    out, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints must not stand between the messages
+
+    def tell(message: Message) -> None:
+        print(message.model_dump_json(), file=out, flush=True)
+
     request = Request.model_validate_json(asked.read_text(encoding="utf-8"))
     try:
-        message = Message(done=len(request.document), result=compute(request, logits))
+        tell(Message(done=len(request.document), result=compute(request, logits, tell)))
     except KvbuyError as error:
-        message = Message(error=error.message, hint=error.hint)
-    print(message.model_dump_json(), flush=True)
+        tell(Message(error=error.message, hint=error.hint))
 
 
 if __name__ == "__main__":

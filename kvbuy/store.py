@@ -20,7 +20,7 @@ def find_artifact(name: Path | None, *, folder: Path | None = None) -> Path:
     Raises:
         StoreError: none is named, and the folder holds none.
     """
-    if name is not None and not name.is_dir():
+    if name is not None and not os.path.isdir(name):  # unlike Path.is_dir, it takes any name for an answer
         return name
     where = name or folder or Path.cwd()
     found = [path for path in where.glob(f"*{SUFFIX}") if path.is_file()]

@@ -16,10 +16,11 @@ from bench import bench_blocks, bench_load, bench_reuse
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
-from kvbuy.models import LARGE_ROOM, load_model
+from kvbuy.models import load_model
 from kvbuy.prefill import precompute
 from kvbuy.render import verdict_json
 from kvbuy.replay import verify
+from kvbuy.resolve import LARGE_ROOM
 
 TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
 QWEN3_4B = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}

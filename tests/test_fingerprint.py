@@ -265,6 +265,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize(("change", "message"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_model_is_refused(change: Callable[[Path], object], message: str, folder: Path) -> None:
     change(folder)
+    if (folder / "model.safetensors.index.json").exists():
+        (folder / "model.safetensors").unlink(missing_ok=True)  # which would be taken first
     with pytest.raises(ModelError, match=message):
         fingerprint(folder)
 
@@ -298,3 +300,17 @@ def test_profile_differences_name_the_parts() -> None:
         "block size: artifact 512, here 256",
         "device: artifact cpu, here cuda",
     )
+
+
+def test_the_single_file_counts_where_an_index_lies_beside_it(folder: Path) -> None:
+    """As transformers looks for it: what is hashed is what runs."""
+    before = fingerprint(folder)
+    write_json(folder / "model.safetensors.index.json", {"weight_map": {"w": "other.safetensors"}})
+    (folder / "other.safetensors").write_bytes(b"other")
+    assert fingerprint(folder) == before
+
+
+def test_an_adapter_inside_a_model_folder_is_refused(folder: Path) -> None:
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA"})
+    with pytest.raises(ModelError, match="holds an adapter too"):
+        fingerprint(folder)

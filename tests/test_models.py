@@ -1,3 +1,5 @@
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -5,7 +7,8 @@ import torch
 from conftest import SaveModel, byte_tokenizer, tiny_llama
 
 from kvbuy.errors import ModelError
-from kvbuy.models import Model, adopt_model, find_model, load_model, processor_name, resolve_model
+from kvbuy.models import Model, adopt_model, find_model, load_model, processor_name
+from kvbuy.resolve import resolve_model
 
 
 def quiet(_: str) -> None:
@@ -77,3 +80,38 @@ def test_a_sharded_model_has_a_fingerprint(save_model: SaveModel, tmp_path: Path
     byte_tokenizer().save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert load_model(str(tmp_path)).fingerprint.config == model.fingerprint.config
+
+
+def test_weights_that_lack_a_tensor_are_refused_not_made_up(llama_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(llama_folder, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="its weights lack 1 tensors, model"):
+        load_model(str(tmp_path / "model"))
+
+
+def test_junk_weights_are_refused(llama_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama_folder, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"junk" * 100)
+    with pytest.raises(ModelError, match="transformers cannot load the model"):
+        load_model(str(tmp_path / "model"))
+
+
+def test_a_model_s_own_code_is_never_run(llama_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama_folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "evil.py").write_text("raise SystemExit('run')")
+    with pytest.raises(ModelError, match="transformers cannot load"):
+        load_model(str(tmp_path / "model"))
+
+
+def test_a_model_from_no_folder_cannot_be_adopted() -> None:
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(ModelError, match="cannot be identified"):
+        adopt_model(AutoModelForCausalLM.from_config(tiny_llama(), dtype=torch.bfloat16))

@@ -78,6 +78,32 @@ def test_a_forged_receipt_is_wrong(made: Precomputed, llama_folder: Path) -> Non
     assert (verdict.exact.blocks_equal, verdict.exact.receipt_equal) == (4, False)
 
 
+def test_a_receipt_for_other_rows_than_its_prompt_s_is_wrong(made: Precomputed, llama_folder: Path) -> None:
+    receipt = made.artifact.manifest.receipt.model_copy(update={"prompt_tokens": (10**9,)})
+    verdict = verify(forge(made, lambda raw: None, receipt=receipt), model=str(llama_folder), quick=True)
+    assert verdict == Wrong(reason="its receipt's token ids are not those of its prompt", exact=None, drift={})
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_layers_that_the_model_does_not_make_are_wrong(made: Precomputed, llama_folder: Path, quick: bool) -> None:
+    """The same bytes said to be one head of twice the width."""
+    layers = tuple(layer.model_copy(update={"heads": 1, "key_dim": 32, "value_dim": 32}) for layer in made_layers(made))
+    verdict = verify(forge(made, lambda raw: None, layers=layers), model=str(llama_folder), quick=quick)
+    assert verdict == Wrong(reason="the artifact's layers are not those that this model makes", exact=None, drift={})
+
+
+def made_layers(made: Precomputed) -> tuple[Any, ...]:
+    return made.artifact.manifest.layers
+
+
+def test_files_of_the_current_folder_are_not_run(
+    made: Precomputed, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "safetensors.py").write_text("raise SystemExit('run')")
+    assert isinstance(verify(made.artifact, model=str(llama_folder)), Exact)
+
+
 def test_another_document_s_blocks_under_this_text_are_wrong(
     made: Precomputed, llama: Model, llama_folder: Path, tmp_path: Path
 ) -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from conftest import TEXT, SaveModel, tiny_llama
 import kvbuy
 from kvbuy.cache import empty_cache
 from kvbuy.decode import Sampling, greedy
-from kvbuy.errors import DamagedError, DocumentError, MisfitError
+from kvbuy.errors import DamagedError, DocumentError, MisfitError, UsageError
 from kvbuy.models import Model, load_model
 from kvbuy.prefill import Precomputed, precompute, prefill
 from kvbuy.reuse import Conversation, Generation, load_document
@@ -136,3 +137,25 @@ def test_an_adapter_is_part_of_the_identity(made: Precomputed, llama_folder: Pat
     again = precompute(TEXT[:200], tmp_path / "b.kv.safetensors", model=adapted, name="doc.txt", block_size=64)
     assert again.artifact.manifest.blocks[0].digest != made.artifact.manifest.blocks[0].digest
     assert ask(again, adapted).cached_tokens == 200
+
+
+def test_an_interrupted_answer_leaves_no_rows_behind(made: Precomputed, llama: Model) -> None:
+    conversation = Conversation(llama, load_document(made.artifact, llama))
+
+    def interrupt(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        conversation.ask("One?", max_new_tokens=20, on_text=interrupt)
+    after = conversation.ask("One?", max_new_tokens=20)
+    assert after == replace(ask(made, llama, "One?", max_new_tokens=20), **times(after))
+
+
+def times(answer: Generation) -> dict[str, float]:
+    names = ("load_seconds", "first_token_seconds", "decode_tokens_per_second")
+    return {name: getattr(answer, name) for name in names}
+
+
+def test_an_empty_stop_string_is_refused(made: Precomputed, llama: Model) -> None:
+    with pytest.raises(UsageError, match="must not be empty"):
+        ask(made, llama, stop=[""])
