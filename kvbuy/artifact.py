@@ -53,20 +53,29 @@ class Artifact:
             DamagedError: it is no artifact, or breaks the format law.
         """
         try:
+            return cls._open(path)
+        except DamagedError as error:
+            error.message = f"{path.name}: {error.message}"
+            error.hint = error.hint or "fetch it again, or make it: kvbuy precompute DOCUMENT"
+            raise
+
+    @classmethod
+    def _open(cls, path: Path) -> Self:
+        try:
             with path.open("rb") as file:
                 header = _read_header(file)
                 size = os.fstat(file.fileno()).st_size
         except FileNotFoundError:
-            raise StoreError(f"there is no artifact {path}", hint=f"make one: kvbuy precompute {_stem(path)}") from None
+            raise StoreError(f"there is no artifact {path}", hint="make one: kvbuy precompute doc.txt") from None
         except OSError as error:
             raise StoreError(f"cannot read {path}: {error.strerror}") from error
         manifest = parse_manifest(_manifest_bytes(header))
         too_few = len(header) < manifest.count_tensors() * MIN_ENTRY  # looked at before a long header is built
         if too_few or manifest.header() != header:
-            raise DamagedError(f"{path.name}: the file's header is not the one its manifest implies")
+            raise DamagedError("the file's header is not the one its manifest implies")
         if size != len(header) + manifest.data_bytes():
             wanted = len(header) + manifest.data_bytes()
-            raise DamagedError(f"{path.name} has {size} bytes, its manifest implies {wanted}", hint="fetch it again")
+            raise DamagedError(f"it has {size} bytes, its manifest implies {wanted}")
         return cls(path=path, manifest=manifest, id=manifest.sha256(), header_bytes=len(header))
 
     def read_block(self, index: int, views: Sequence[memoryview]) -> None:
@@ -237,7 +246,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(SUFFIX) + (".txt" if path.name.endswith(SUFFIX) else "")

@@ -22,6 +22,23 @@ app = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from kvbuy import __version__
+
+        print(f"kvbuy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """A document's KV cache, computed once, verified, and loaded instead of prefilled."""
+
+
 class ReuseMode(StrEnum):
     """How to reuse a document's KV."""
 
@@ -78,6 +95,8 @@ def precompute(
 
     refuse_block_size(block_size)
     paths = name_artifacts(documents, out)
+    for folder in {path.parent for path in paths if out and path != out}:
+        folder.mkdir(parents=True, exist_ok=True)
     for path in paths:
         refuse_unwritable(path, force=force)
     texts = [read_document(document) for document in documents]
@@ -126,11 +145,13 @@ def generate(
     Example: kvbuy generate --kv doc.kv.safetensors --prompt "What does it say?"
     """
     from kvbuy import render
-    from kvbuy.decode import Sampling
     from kvbuy.document import read_prompt
 
     texts = [read_prompt(prompt) for prompt in prompts]
-    conversation = _open(kv, model, adapter, device, reuse, room=max_new_tokens)
+    conversation = _open(kv, model, adapter, device, reuse, room=max_new_tokens, quiet=json)
+
+    from kvbuy.decode import Sampling
+
     answers = []
     for text in texts:
         if len(texts) > 1 and not json:
@@ -148,7 +169,7 @@ def generate(
             render.stream("\n")
             render.say(render.generation_line(answer))
     if json:
-        objects = [render.generation_json(answer) for answer in answers]
+        objects = [{"prompt": text} | render.generation_json(one) for text, one in zip(texts, answers, strict=True)]
         render.print_json(objects[0] if len(objects) == 1 else {"answers": objects})
 
 
@@ -170,10 +191,12 @@ def chat(
     /forget starts over, Ctrl-D ends.
     """
     from kvbuy import render
-    from kvbuy.decode import Sampling
     from kvbuy.errors import DocumentError
 
     conversation = _open(kv, model, adapter, device, reuse, room=max_new_tokens)
+
+    from kvbuy.decode import Sampling
+
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     render.say("ask; /forget starts over, Ctrl-D ends")
     while (question := render.ask()) is not None:
@@ -208,12 +231,14 @@ def verify(
     A prefill from scratch runs in a fresh process; the drift from one single pass is measured. Example: kvbuy verify
     """
     from kvbuy import render
-    from kvbuy.replay import verify
     from kvbuy.store import find_artifact
 
     path = find_artifact(artifact)
-    if artifact is None:
+    if artifact is None and not json:
         render.say(f"artifact: {path}")
+
+    from kvbuy.replay import verify
+
     with render.token_progress() as progress:
         verdict = verify(
             path,
@@ -234,18 +259,29 @@ def verify(
 
 
 def _open(
-    kv: Path | None, model: str | None, adapter: str | None, device: str | None, reuse: ReuseMode, *, room: int
+    kv: Path | None,
+    model: str | None,
+    adapter: str | None,
+    device: str | None,
+    reuse: ReuseMode,
+    *,
+    room: int,
+    quiet: bool = False,
 ) -> "Conversation":
     """Load an artifact and its model for questions."""
     from kvbuy import render
     from kvbuy.artifact import Artifact
-    from kvbuy.models import find_model_for
-    from kvbuy.reuse import ROOM, open_conversation
     from kvbuy.store import find_artifact
 
     artifact = Artifact.open(find_artifact(kv))
-    if kv is None:
+    if kv is None and not quiet:
         render.say(f"artifact: {artifact.path}")
+    if reuse is ReuseMode.ALIGN and len(artifact.manifest.blocks) == 1 and not quiet:
+        render.say("note: the document has no block before its last one; aligned reuse saves little or nothing")
+
+    from kvbuy.models import find_model_for
+    from kvbuy.reuse import ROOM, open_conversation
+
     found = find_model_for(artifact.manifest, model, adapter=adapter, say=render.say)
     return open_conversation(artifact, found, device=device, reuse=reuse.value, room=room + ROOM)
 

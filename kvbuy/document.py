@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvbuy.artifact import SUFFIX
 from kvbuy.errors import DocumentError
 
 SEPARATOR = "\n\n"  # between document and question inside the user's turn of a chat
@@ -38,13 +39,18 @@ def read_document(source: str) -> str:
     Raises:
         DocumentError: missing, not UTF-8, or empty.
     """
+    if source.endswith(SUFFIX):
+        raise DocumentError(
+            f"{source} is an artifact already", hint=f"ask it: kvbuy generate --kv {source} --prompt ..."
+        )
     try:
         raw = _read_stdin() if source == "-" else Path(source).read_bytes()
     except OSError as error:
-        raise DocumentError(f"cannot read the document {source}: {error.strerror}") from error
+        hint = "name UTF-8 text files (for a folder: kvbuy precompute FOLDER/*.md), or - for stdin"
+        raise DocumentError(f"cannot read the document {source}: {error.strerror}", hint=hint) from error
     text = _decode(raw, source=source)
     if not text.strip():
-        raise DocumentError(f"the document {source} is empty")
+        raise DocumentError(f"the document {source} is empty", hint="name a file that holds text")
     return text
 
 

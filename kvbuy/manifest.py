@@ -322,7 +322,10 @@ class Manifest(Part):
 def refuse_block_size(block_size: int) -> None:
     """Raise UsageError where a block cannot have so many tokens."""
     if not 16 <= block_size <= LARGEST_BLOCK or block_size % 16:
-        raise UsageError(f"a block holds a multiple of 16 tokens, at most {LARGEST_BLOCK}; not {block_size}")
+        raise UsageError(
+            f"a block holds a multiple of 16 tokens, at most {LARGEST_BLOCK}; not {block_size}",
+            hint="leave --block-size out for 512",
+        )
 
 
 def as_label(name: str) -> str:

@@ -196,9 +196,9 @@ def refuse_too_long(model: Model, tokens: int, *, extra: int) -> None:
     """Raise DocumentError where a document of `tokens` and `extra` tokens after it exceed the model's context."""
     if tokens + extra > model.context:
         raise DocumentError(
-            f"{tokens} document tokens and {extra} more do not fit into the context of {model.label.name}: "
-            f"{model.context} tokens",
-            hint="generate fewer tokens (--max-new-tokens), split the document, or take a model with a longer context",
+            f"{tokens} tokens and {extra} that come after them do not fit into the {model.context} tokens of context "
+            f"that {model.label.name} has",
+            hint="split the document, take a model with a longer context, or generate fewer tokens",
         )
 
 

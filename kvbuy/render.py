@@ -45,7 +45,8 @@ def stream(text: str) -> None:
 
 def ask() -> str | None:
     """The next question from stdin, None at its end."""
-    print("> ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     return line.rstrip("\n") if line else None
 

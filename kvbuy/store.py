@@ -22,10 +22,10 @@ def find_artifact(name: Path | None, *, folder: Path | None = None) -> Path:
     """
     if name is not None and not os.path.isdir(name):  # unlike Path.is_dir, it takes any name for an answer
         return name
-    where = name or folder or Path.cwd()
+    where = name or folder or Path()
     found = [path for path in where.glob(f"*{SUFFIX}") if path.is_file()]
     if not found:
-        raise StoreError(f"there is no artifact in {where}", hint="make one: kvbuy precompute doc.txt")
+        raise StoreError(f"there is no artifact in {where.resolve()}", hint="make one: kvbuy precompute doc.txt")
     return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 
@@ -39,8 +39,8 @@ def name_artifacts(documents: list[str], out: Path | None) -> list[Path]:
         if len(documents) > 1:
             raise UsageError(f"{len(documents)} documents cannot all become {out}", hint="give --out a folder")
         return [out]
-    if out is not None and not out.is_dir():
-        raise UsageError(f"--out must be a folder that exists, or a name ending in {SUFFIX}: {out} is neither")
+    if out is not None and not out.is_dir() and (out.suffix or out.exists()):
+        raise UsageError(f"--out {out} is neither a folder nor a name ending in {SUFFIX}", hint=f"--out NAME{SUFFIX}")
     paths = [(out or Path()) / f"{_label(document)}{SUFFIX}" for document in documents]
     for at, path in enumerate(paths):
         if path in paths[:at]:

@@ -9,7 +9,7 @@ import torch
 from conftest import TEXT, SaveModel, tiny_llama
 
 from kvbuy.artifact import Artifact, content_digest, write_artifact
-from kvbuy.errors import ModelError
+from kvbuy.errors import ModelError, UsageError
 from kvbuy.manifest import Manifest, chain_blocks
 from kvbuy.models import Model
 from kvbuy.prefill import Precomputed, precompute
@@ -146,6 +146,11 @@ def test_equal_bits_under_another_profile_are_exact(made: Precomputed, llama_fol
 
 def test_quick_replays_the_receipt_and_says_only_that(made: Precomputed, llama_folder: Path) -> None:
     assert verify(made.artifact, model=str(llama_folder), quick=True) == Replayed(tokens=24)
+
+
+def test_quick_takes_no_prompt_of_one_s_own(made: Precomputed) -> None:
+    with pytest.raises(UsageError, match="replays the receipt's own prompt"):
+        verify(made.artifact, quick=True, prompt="What then?")
 
 
 def test_quick_on_a_forged_receipt_is_wrong(made: Precomputed, llama_folder: Path) -> None:

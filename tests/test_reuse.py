@@ -118,7 +118,7 @@ def test_a_flipped_bit_never_reaches_attention(made: Precomputed, llama: Model) 
 
 
 def test_a_prompt_beyond_the_context_is_refused(made: Precomputed, llama: Model) -> None:
-    with pytest.raises(DocumentError, match="do not fit into the context"):
+    with pytest.raises(DocumentError, match="do not fit into the 2048 tokens of context"):
         ask(made, llama, "x" * 1900)
 
 
