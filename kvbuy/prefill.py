@@ -84,7 +84,6 @@ def precompute(
     seconds = time.perf_counter() - started
     state = list(state_tensors(cache))
     forget_windows(cache)
-    layers = describe_layers(cache)
     receipt = make_receipt(model, cache, probe, prompt)
 
     profile = model.profile(block_size)
@@ -100,7 +99,7 @@ def precompute(
         profile=profile,
         document=_describe(document, raw_text, tokens),
         codec="raw",
-        layers=layers,
+        layers=describe_layers(cache),
         blocks=chain_blocks(document.token_ids, fingerprint=model.fingerprint, profile=profile, digests=digests),
         state=tuple(described for described, _ in state),
         receipt=receipt,

@@ -62,19 +62,15 @@ def verify(
         return Misfit(differences=error.differences)
     manifest = opened.manifest
     tokenizer = found.tokenizer()
-    if not _tokens_are_the_text(opened, tokenizer):
-        return Wrong(reason="its token ids are not those of its text", exact=None, drift={})
-    if not _receipt_is_of_its_prompt(opened, tokenizer):
-        return Wrong(reason="its receipt's token ids are not those of its prompt", exact=None, drift={})
+    if reason := _contradiction(opened, tokenizer):
+        return Wrong(reason=reason, exact=None, drift={})
     try:
         refuse_foreign_layers(found.config(), manifest)
         if quick:
             return _judge_receipt(opened, found.load(device))
     except DamagedError as error:
         return Wrong(reason=error.message, exact=None, drift={})
-    rows = manifest.receipt.prompt_tokens
-    if prompt is not None:
-        rows = encode_prompt(tokenizer, prompt, document_text=opened.read_text(), chat=manifest.document.chat)
+    rows = manifest.receipt.prompt_tokens if prompt is None else _prompt_rows(opened, tokenizer, prompt)
     request = Request(
         model=str(found.folder),
         adapter=str(found.adapters[0]) if found.adapters else None,
@@ -189,19 +185,20 @@ def _reuse(
         return greedy(model, loaded.cache, pending, max_new_tokens=max_new_tokens)
 
 
-def _tokens_are_the_text(artifact: Artifact, tokenizer: Any) -> bool:
-    document = artifact.manifest.document
-    token_ids = tokenizer(artifact.read_text(), add_special_tokens=not document.chat)["input_ids"]
-    return tuple(token_ids) == artifact.read_tokens()
+def _prompt_rows(artifact: Artifact, tokenizer: Any, prompt: str) -> tuple[int, ...]:
+    chat = artifact.manifest.document.chat
+    return encode_prompt(tokenizer, prompt, document_text=artifact.read_text(), chat=chat)
 
 
-def _receipt_is_of_its_prompt(artifact: Artifact, tokenizer: Any) -> bool:
-    receipt, chat = artifact.manifest.receipt, artifact.manifest.document.chat
-    try:
-        token_ids = encode_prompt(tokenizer, receipt.prompt, document_text=artifact.read_text(), chat=chat)
-    except DocumentError:
-        return False
-    return token_ids == receipt.prompt_tokens
+def _contradiction(artifact: Artifact, tokenizer: Any) -> str | None:
+    """What an artifact says of itself that its own tokenizer denies: token ids of other texts than it shows."""
+    chat, receipt = artifact.manifest.document.chat, artifact.manifest.receipt
+    if tuple(tokenizer(artifact.read_text(), add_special_tokens=not chat)["input_ids"]) != artifact.read_tokens():
+        return "its token ids are not those of its text"
+    with suppress(DocumentError):
+        if _prompt_rows(artifact, tokenizer, receipt.prompt) == receipt.prompt_tokens:
+            return None
+    return "its receipt's token ids are not those of its prompt"
 
 
 def _shared_steps(tokens: Sequence[int], others: Sequence[int]) -> int:
