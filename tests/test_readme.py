@@ -74,6 +74,15 @@ def test_every_relative_file_that_the_readme_names_exists() -> None:
 
 
 @pytest.mark.real
+@pytest.mark.parametrize("program", ["scripts/bench.py", "scripts/gpu_check.py"])
+def test_a_benchmark_that_the_readme_names_starts(program: str) -> None:
+    """It takes minutes, so only its imports and options are tried here."""
+    assert program in README
+    ran = shell(f"python {program} --help", ROOT)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.real
 def test_quickstart_runs_to_the_verdict_exact(save_model: SaveModel, tmp_path: Path) -> None:
     """With a tiny model in the place of the default: the script and its commands are what is tested here."""
     model = save_model(tiny_llama(max_position_embeddings=16384))

@@ -36,7 +36,7 @@ def test_reuse_is_exact_and_aligned_reuse_is_a_single_pass(
 
 @pytest.mark.real
 def test_a_chat_document_is_exact(smollm2: Model, long_text: str, tmp_path: Path) -> None:
-    text = cut(smollm2, long_text, 300)
+    text = cut(smollm2, long_text, 100)
     made = precompute(text, tmp_path / "doc.kv.safetensors", model=smollm2, name="doc.txt", chat=True)
     verdict = verify(made.artifact, prompt="What is an assignment?")
     assert isinstance(verdict, Exact)
