@@ -154,6 +154,8 @@ def generate(
 
     answers = []
     for text in texts:
+        if answers:
+            conversation.forget()
         if len(texts) > 1 and not json:
             render.say(f"> {text}")
         answer = conversation.ask(
@@ -164,7 +166,6 @@ def generate(
             on_text=(lambda _: None) if json else render.stream,
         )
         answers.append(answer)
-        conversation.forget()
         if not json:
             render.stream("\n")
             render.say(render.generation_line(answer))

@@ -19,7 +19,7 @@ from kvbuy.fingerprint import profile_differences
 from kvbuy.manifest import Receipt
 from kvbuy.models import Model, find_model_for, refuse_foreign_shapes
 from kvbuy.prefill import logits_digest
-from kvbuy.reuse import load_document
+from kvbuy.reuse import load_document, reuse_attention
 from kvbuy.scratch import Request, Scratch, run_from_scratch
 from kvbuy.verdict import Damaged, Drift, Exact, Exactness, Inexact, Misfit, Replayed, Verdict, Wrong
 
@@ -179,9 +179,7 @@ def _reuse(
 ) -> tuple[list[int], torch.Tensor]:
     loaded = load_document(artifact, model, reuse=reuse, room=len(rows) + max_new_tokens)
     pending = [*loaded.pending_ids, *rows]
-    if reuse == "continue":
-        return greedy(model, loaded.cache, pending, max_new_tokens=max_new_tokens)
-    with stock_attention(model.model):
+    with reuse_attention(model, reuse):
         return greedy(model, loaded.cache, pending, max_new_tokens=max_new_tokens)
 
 

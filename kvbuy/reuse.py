@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,15 +126,20 @@ def open_conversation(
     artifact: Artifact, found: FoundModel, *, device: str | None, reuse: Reuse, room: int
 ) -> "Conversation":
     """Load a model and an artifact for questions; the cache's buffers are made ready while the weights load."""
-    manifest = artifact.manifest
+    manifest, config, place = artifact.manifest, found.config(), choose_device(device)
+    tokens = manifest.document.tokens
+    capacity = min(tokens + room, max(tokens, context_length(config)))
     with ThreadPoolExecutor(max_workers=1) as pool:
-        place = choose_device(device)
-        capacity = min(manifest.document.tokens + room, max(manifest.document.tokens, context_length(found.config())))
-        reserved = pool.submit(reserve_cache, found.config(), manifest, capacity=capacity, device=place, touch=True)
+        reserved = pool.submit(reserve_cache, config, manifest, capacity=capacity, device=place, touch=True)
         model = found.load(device)
         loaded = load_document(artifact, model, reuse=reuse, cache=reserved.result())
     warn_of_profile(artifact, model)
     return Conversation(model, loaded)
+
+
+def reuse_attention(model: Model, reuse: Reuse) -> AbstractContextManager[None]:
+    """The attention of a mode of reuse: "align" runs stock, rows and decoding alike, to have a single pass's bits."""
+    return stock_attention(model.model) if reuse == "align" else nullcontext()
 
 
 def warn_of_profile(artifact: Artifact, model: Model) -> None:
@@ -198,9 +203,8 @@ class Conversation:
         cached = self.loaded.cache.get_seq_length()
         refuse_too_long(self.model, cached, extra=len(rows) + max_new_tokens)
         started = time.perf_counter()
-        attention = stock_attention(self.model.model) if self.loaded.reuse == "align" else nullcontext()
         try:
-            with attention:
+            with reuse_attention(self.model, self.loaded.reuse):
                 steps = decode(self.model, self.loaded.cache, rows, max_new_tokens=max_new_tokens, sampling=sampling)
                 answer = _collect(self.model, steps, stop=stop, on_text=on_text)
         except BaseException:  # rows of half an answer must not stand before the next question

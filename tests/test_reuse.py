@@ -83,11 +83,16 @@ def test_a_forgotten_conversation_answers_as_the_first_time(made: Precomputed, l
 def test_a_chat_s_follow_up_runs_only_what_is_new(llama: Model, tmp_path: Path) -> None:
     made = precompute(TEXT[:100], tmp_path / "a.kv.safetensors", model=llama, name="a.txt", chat=True, block_size=64)
     conversation = Conversation(llama, load_document(made.artifact, llama))
-    first = conversation.ask("One?", max_new_tokens=4, stop=["\0"])
+    for seed in range(50):  # a random model seldom says whole characters; what is not text cannot be rendered again
+        conversation.forget()
+        first = conversation.ask("One?", max_new_tokens=2, sampling=Sampling(temperature=1.0, seed=seed))
+        if "\ufffd" not in first.text and not first.stopped:
+            break
+    assert first.text.isascii()
     assert first.computed_tokens == len("One?</user>\n<assistant>")
-    second = conversation.ask("Two?", max_new_tokens=4)
-    if "\ufffd" not in first.text:
-        assert second.computed_tokens == len("</assistant>\n<user>Two?</user>\n<assistant>") + (not first.stopped)
+    second = conversation.ask("Two?", max_new_tokens=2)
+    last_token = 1  # chosen, not yet run
+    assert second.computed_tokens == last_token + len("</assistant>\n<user>Two?</user>\n<assistant>")
 
 
 def test_an_answer_cut_at_a_stop_string_is_run_again_as_it_stands(llama: Model, tmp_path: Path) -> None:
