@@ -153,8 +153,8 @@ def generate(
     from kvbuy.decode import Sampling
 
     answers = []
-    for text in texts:
-        if answers:
+    for at, text in enumerate(texts):
+        if at:
             conversation.forget()
         if len(texts) > 1 and not json:
             render.say(f"> {text}")
