@@ -21,7 +21,13 @@ Format law, version 1 (MUST and MAY as in RFC 2119):
     little-endian int32); the first parent is 32 zero bytes. (Equal prefixes of different documents have equal ids.)
  7. Layers whose `kind` is "full" live in the blocks. "sliding" and "recurrent" layers live in `state`, as they stand
     at the document's end; a sliding layer MAY keep up to block_size - 1 rows more, for aligned reuse.
- 8. Nothing in a file chooses a class, a path or code. Labels (`model`, `document.name`) are not identity.
+ 8. `codec` is "raw", or an object with the `name` of a codec ("fast", "dense") and `sizes`: the encoded bytes of every
+    block and then of every state tensor. The file's tensors then are `block.B` (U8, [size]), `state.L.NAME` (U8,
+    [size]), `tokens` and `text`. No size MAY exceed the decoded one by more than 0.1% and 64 bytes. (So that a small
+    manifest implies a small file.) State tensors MUST be coded as in "fast" whatever the name is; "dense" names the
+    `pack` that it needs. Ids, digests and receipt are of decoded bytes: coding anew changes nothing but `codec`.
+    (What a codec's bytes mean is law too: `kvbuy.codec.fast`, `kvbuy.codec.dense`.)
+ 9. Nothing in a file chooses a class, a path or code. Labels (`model`, `document.name`) are not identity.
 
 This module knows nothing of files, tensors in memory, or torch.
 """
@@ -31,45 +37,21 @@ import json
 import re
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from kvbuy.errors import DamagedError, UsageError
+from kvbuy.parts import DTYPE_BYTES, UNSEEN, Codec, CodecName, Count, Digest, FileName, Label, Part, Positive
+from kvbuy.parts import FloatType as FloatType
+from kvbuy.parts import Tensor as Tensor
+from kvbuy.parts import canonical_json as canonical_json
 
 FORMAT_VERSION = 1
 HEADER_ALIGNMENT = 64
 LARGEST_BLOCK = 2**20
 FIRST_PARENT = "0" * 64
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "U8": 1}
-
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\Z")]
-UNSEEN = r"\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff"  # what a terminal must not be sent
-Label = Annotated[str, Field(min_length=1, max_length=200, pattern=rf"^[^{UNSEEN}]*\Z")]
-FileName = Annotated[str, Field(min_length=1, max_length=200, pattern=rf"^[^{UNSEEN}/\\:]+\Z")]
-FloatType = Literal["F32", "F16", "BF16"]
-Count = Annotated[int, Field(ge=0, lt=2**48)]
-Positive = Annotated[int, Field(ge=1, lt=2**48)]
-
-
-def canonical_json(value: object) -> bytes:
-    """Canonical JSON (RFC 8785) of a value without floats and with ASCII keys, as UTF-8 bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-
-
-class Part(BaseModel):
-    """A frozen, strictly parsed piece of the manifest."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", regex_engine="python-re")
-
-    def canonical(self) -> bytes:
-        """The part as canonical JSON bytes."""
-        return canonical_json(self.model_dump(mode="json"))
-
-    def sha256(self) -> str:
-        """The hex SHA-256 of the canonical bytes."""
-        return hashlib.sha256(self.canonical()).hexdigest()
+PIECE_ROOM = 64
 
 
 class Fingerprint(Part):
@@ -172,29 +154,6 @@ class Receipt(Part):
     logits: Digest
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """A tensor in the file: `start` counts bytes from the beginning of the data section."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def size(self) -> int:
-        """The tensor's bytes."""
-        size = DTYPE_BYTES[self.dtype]
-        for extent in self.shape:
-            size *= extent
-        return size
-
-    @property
-    def end(self) -> int:
-        """The first byte after the tensor."""
-        return self.start + self.size
-
-
 class Manifest(Part):
     """The manifest of an artifact. Its bytes are `canonical()`, and `sha256()` of them is the artifact's id."""
 
@@ -206,7 +165,7 @@ class Manifest(Part):
     fingerprint: Fingerprint
     profile: Profile
     document: Document
-    codec: Literal["raw"]
+    codec: Codec
     layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=10_000)]
     blocks: Annotated[tuple[Block, ...], Field(min_length=1)]
     state: tuple[StateTensor, ...]
@@ -247,19 +206,35 @@ class Manifest(Part):
         if set(held) != {"key", "value"} or any(len(shape) != 3 or shape[1] != rows for shape in held.values()):
             raise ValueError(f"layer {index} must hold key and value with {rows} rows each")
 
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if self.codec != "raw":
+            largest = [size + size // 1000 + PIECE_ROOM for size in self.decoded_sizes()]
+            if len(self.codec.sizes) != len(largest):
+                raise ValueError(f"{len(self.codec.sizes)} sizes for {len(largest)} blocks and state tensors")
+            for index, (size, limit) in enumerate(zip(self.codec.sizes, largest, strict=True)):
+                if size > limit:
+                    raise ValueError(f"encoded piece {index} has {size} bytes, more than the {limit} it may have")
+        return self
+
+    @property
+    def codec_name(self) -> CodecName:
+        """The codec's name, "raw" for none."""
+        return "raw" if self.codec == "raw" else self.codec.name
+
     def block_start(self, index: int) -> int:
         """The position of a block's first token."""
         return index * self.profile.block_size
 
     def block_span(self, index: int) -> tuple[int, int]:
-        """Where one block lies in the data section: its first byte and the byte after its last."""
+        """Where one block lies among the decoded bytes: its first byte and the byte after its last."""
         numbers = sum(layer.heads * (layer.key_dim + layer.value_dim) for layer in self._full_layers().values())
         row_bytes = numbers * DTYPE_BYTES[self.fingerprint.dtype]
         start = self.block_start(index)
         return start * row_bytes, (start + self.blocks[index].tokens) * row_bytes
 
     def block_tensors(self, index: int) -> list[Tensor]:
-        """The tensors of one block, in file order."""
+        """The tensors of one block as decoded, in file order."""
         start, _ = self.block_span(index)
         tensors = []
         for at, layer in self._full_layers().items():
@@ -270,7 +245,7 @@ class Manifest(Part):
         return tensors
 
     def state_tensors(self) -> list[Tensor]:
-        """The tensors of the state, in the order of `state`."""
+        """The tensors of the state as decoded, in the order of `state`."""
         _, start = self.block_span(len(self.blocks) - 1)
         tensors = []
         for tensor in self.state:
@@ -280,18 +255,36 @@ class Manifest(Part):
 
     def side_tensors(self) -> tuple[Tensor, Tensor]:
         """The tensors `tokens` and `text`."""
-        tokens = Tensor("tokens", "I32", (self.document.tokens,), self.kv_bytes())
+        tokens = Tensor("tokens", "I32", (self.document.tokens,), self.stored_kv_bytes())
         return tokens, Tensor("text", "U8", (self.document.text_bytes,), tokens.end)
+
+    def pieces(self) -> list[Tensor]:
+        """A coded artifact's encoded blocks and then state tensors, in file order; none in a raw one."""
+        names = [f"block.{index}" for index in range(len(self.blocks))]
+        names += [f"state.{tensor.layer}.{tensor.name}" for tensor in self.state]
+        start, pieces = 0, []
+        for name, size in zip(names, self.codec.sizes, strict=True) if self.codec != "raw" else ():
+            pieces.append(Tensor(name, "U8", (size,), start))
+            start += size
+        return pieces
+
+    def decoded_sizes(self) -> list[int]:
+        """The decoded bytes of every block and then of every state tensor, in file order."""
+        spans = (self.block_span(index) for index in range(len(self.blocks)))
+        return [end - start for start, end in spans] + [tensor.size for tensor in self.state_tensors()]
 
     def count_tensors(self) -> int:
         """How many tensors the file has."""
-        return 2 * len(self._full_layers()) * len(self.blocks) + len(self.state) + 2
+        a_block = 2 * len(self._full_layers()) if self.codec == "raw" else 1
+        return a_block * len(self.blocks) + len(self.state) + 2
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor of the file, in file order."""
-        for index in range(len(self.blocks)):
-            yield from self.block_tensors(index)
-        yield from self.state_tensors()
+        if self.codec == "raw":
+            for index in range(len(self.blocks)):
+                yield from self.block_tensors(index)
+            yield from self.state_tensors()
+        yield from self.pieces()
         yield from self.side_tensors()
 
     def header(self) -> bytes:
@@ -310,8 +303,12 @@ class Manifest(Part):
         """The bytes after the header."""
         return self.side_tensors()[-1].end
 
+    def stored_kv_bytes(self) -> int:
+        """The bytes that keys, values and state take in the file."""
+        return self.kv_bytes() if self.codec == "raw" else sum(self.codec.sizes)
+
     def kv_bytes(self) -> int:
-        """The bytes of keys, values and state."""
+        """The bytes of keys, values and state, decoded."""
         state = self.state_tensors()
         return state[-1].end if state else self.block_span(len(self.blocks) - 1)[1]
 

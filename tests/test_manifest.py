@@ -73,7 +73,7 @@ UNLAWFUL = {
     "a version that is true": ("version", True, "not canonical JSON"),
     "int instead of bool": ("document.chat", 0, r"at document\.chat: Input should be a valid boolean"),
     "null instead of text": ("producer", None, "at producer: Input should be a valid string"),
-    "unknown codec": ("codec", "zip", "at codec: Input should be 'raw'"),
+    "unknown codec": ("codec", "zip", 'at codec: a codec must be "raw" or an object'),
     "unknown layer kind": ("layers.2.kind", "magic", r"at layers\.2: .*tag 'magic'"),
     "unknown dtype": ("fingerprint.dtype", "F64", r"at fingerprint\.dtype: Input should be 'F32', 'F16' or 'BF16'"),
     "name with a folder": ("document.name", "a/b.txt", r"at document\.name: String should match pattern"),
