@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -79,21 +79,27 @@ class Artifact:
         return cls(path=path, manifest=manifest, id=manifest.sha256(), header_bytes=len(header))
 
     def read_block(self, index: int, views: Sequence[memoryview]) -> None:
-        """Read one block into `views`, which together have its size, and check the digest of what was read.
+        """Read one block of a raw artifact into `views`, which together have its size, and check its digest.
 
         Raises:
             DamagedError: the bytes do not match the digest.
         """
         start, _ = self.manifest.block_span(index)
-        self._read(f"block {index}", start, views, digest=self.manifest.blocks[index].digest)
+        self._read_checked(f"block {index}", start, views, digest=self.manifest.blocks[index].digest)
 
     def read_state(self, stored: StateTensor, tensor: Tensor, view: memoryview) -> None:
-        """Read one of `manifest.state`, lying at its one of `manifest.state_tensors()`, and check its digest.
+        """Read one of a raw `manifest.state`, lying at its one of `manifest.state_tensors()`, and check its digest.
 
         Raises:
             DamagedError: the bytes do not match the digest.
         """
-        self._read(tensor.name, tensor.start, [view], digest=stored.digest)
+        self._read_checked(tensor.name, tensor.start, [view], digest=stored.digest)
+
+    def read_piece(self, piece: Tensor) -> memoryview:
+        """Read one of a coded `manifest.pieces()`: encoded bytes, which have no digest of their own."""
+        raw = memoryview(bytearray(piece.size))
+        self._read(piece.start, [raw], seen=lambda _: None)
+        return raw
 
     def read_tokens(self) -> tuple[int, ...]:
         """The document's token ids, digest checked (DamagedError)."""
@@ -125,19 +131,26 @@ class Artifact:
         chain = chain_blocks(tokens, fingerprint=manifest.fingerprint, profile=manifest.profile, digests=digests)
         if chain != manifest.blocks:
             raise DamagedError(f"{self.path.name}: the block ids are not the chain of its tokens")
-        for index in range(len(manifest.blocks)):
-            start, end = manifest.block_span(index)
-            self.read_block(index, [memoryview(bytearray(end - start))])
-        for stored, tensor in zip(manifest.state, manifest.state_tensors(), strict=True):
-            self.read_state(stored, tensor, memoryview(bytearray(tensor.size)))
+        from kvbuy.reader import Reader, load_state  # numpy, only where contents are decoded
+
+        for _ in Reader.open(self).load_blocks():
+            pass
+        for index in range(len(manifest.state)):
+            load_state(self, index)
 
     def _read_side(self, tensor: Tensor, *, digest: str) -> bytes:
         raw = bytearray(tensor.size)
-        self._read(tensor.name, tensor.start, [memoryview(raw)], digest=digest)
+        self._read_checked(tensor.name, tensor.start, [memoryview(raw)], digest=digest)
         return bytes(raw)
 
-    def _read(self, what: str, start: int, views: Sequence[memoryview], *, digest: str) -> None:
+    def _read_checked(self, what: str, start: int, views: Sequence[memoryview], *, digest: str) -> None:
         hasher = blake3()
+        self._read(start, views, seen=hasher.update)
+        if hasher.hexdigest() != digest:
+            raise DamagedError(f"{self.path.name}: {what} does not match its digest", hint="fetch it again")
+
+    def _read(self, start: int, views: Sequence[memoryview], *, seen: Callable[[memoryview], object]) -> None:
+        """Fill the views from `start` on, and show each to `seen` while its bytes are still in the core's cache."""
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(self.header_bytes + start)
@@ -145,11 +158,9 @@ class Artifact:
                     batch = views[at : at + BATCH]
                     _fill(file, batch)
                     for view in batch:
-                        hasher.update(view)  # while the bytes are still in the core's cache
+                        seen(view)
         except OSError as error:
             raise StoreError(f"cannot read {self.path}: {error.strerror}") from error
-        if hasher.hexdigest() != digest:
-            raise DamagedError(f"{self.path.name}: {what} does not match its digest", hint="fetch it again")
 
 
 def write_artifact(path: Path, manifest: Manifest, buffers: Iterable[Buffer], *, force: bool = False) -> Artifact:

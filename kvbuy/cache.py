@@ -5,9 +5,7 @@ into them, decoding appends in place. Sliding-window and recurrent layers stay t
 Any other kind is refused by name. It does not know files' bytes, prompts or sampling.
 """
 
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import torch
@@ -15,8 +13,11 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from kvbuy.artifact import Artifact, content_digest
+from kvbuy.codec.arrays import Array, head_views, shaped_block
 from kvbuy.errors import DamagedError, UnsupportedCache, UsageError
 from kvbuy.manifest import FloatType, FullLayer, Layer, Manifest, RecurrentLayer, SlidingLayer, StateTensor
+from kvbuy.parallel import in_order
+from kvbuy.reader import Reader, read_state
 
 Reuse = Literal["continue", "align"]
 DTYPES: dict[FloatType, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -165,12 +166,12 @@ def load_artifact(artifact: Artifact, cache: Cache, *, reuse: Reuse, device: tor
     tokens = manifest.document.tokens
     if reuse == "align":
         tokens -= tokens % manifest.profile.block_size
-    buffers = [buffer for layer in _full_layers(cache) for buffer in layer.buffers()]
-    views = [_bytes(buffer) for buffer in buffers] if device.type == "cpu" else []
+    reader = Reader.open(artifact)
+    buffers = [buffer[0] for layer in _full_layers(cache) for buffer in layer.buffers()]
+    arrays = [_array(buffer) for buffer in buffers] if device.type == "cpu" else []
     blocks = range(-(-tokens // manifest.profile.block_size))
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # reading and hashing let go of the GIL
-        for _ in pool.map(lambda index: _load_block(artifact, index, buffers, views), blocks):
-            pass
+    for _ in in_order(lambda index: _load_block(reader, index, buffers, arrays), blocks):
+        pass
     rewind_cache(artifact, cache, tokens=tokens, device=device)
     return tokens
 
@@ -188,15 +189,12 @@ def rewind_cache(artifact: Artifact, cache: Cache, *, tokens: int, device: torch
 
 def block_digest(cache: Cache, start: int, end: int) -> str:
     """The content digest of tokens [start, end) of the cache's full-attention layers."""
-    return content_digest(block_buffers(cache, start, end))
+    return content_digest(head_views(block_arrays(cache, start, end)))
 
 
-def block_buffers(cache: Cache, start: int, end: int) -> Iterator[memoryview]:
-    """The bytes of tokens [start, end) of the cache's full-attention layers, in file order."""
-    for layer in _full_layers(cache):
-        for buffer in layer.buffers():
-            for head in buffer[0, :, start:end].unbind():
-                yield _bytes(head)
+def block_arrays(cache: Cache, start: int, end: int) -> list[Array]:
+    """Tokens [start, end) of the cache's full-attention layers, [heads, rows, dim] each, in file order."""
+    return [_array(buffer[0, :, start:end]) for layer in _full_layers(cache) for buffer in layer.buffers()]
 
 
 def record_windows(cache: Cache) -> None:
@@ -251,24 +249,20 @@ def _layer_state(layer: object) -> dict[str, torch.Tensor]:
             return {}
 
 
-def _load_block(artifact: Artifact, index: int, buffers: list[torch.Tensor], views: list[memoryview]) -> None:
-    """Read a block into the buffers: straight where `views` has their bytes, else through a pinned stage."""
-    manifest = artifact.manifest
+def _load_block(reader: Reader, index: int, buffers: list[torch.Tensor], arrays: list[Array]) -> None:
+    """Read a block into the buffers: straight where they are `arrays` of this machine, else through a pinned stage."""
+    manifest = reader.artifact.manifest
     start = manifest.block_start(index)
     end = start + manifest.blocks[index].tokens
-    if views or not buffers:
-        rows: list[memoryview] = []
-        for view, buffer in zip(views, buffers, strict=True):
-            row, head = buffer.stride(2) * buffer.itemsize, buffer.stride(1) * buffer.itemsize
-            rows += [view[at * head + start * row : at * head + end * row] for at in range(buffer.shape[1])]
-        artifact.read_block(index, rows)
+    if arrays or not buffers:
+        reader.read_block(index, [array[:, start:end] for array in arrays])
         return
     first, last = manifest.block_span(index)
     stage = torch.empty(last - first, dtype=torch.uint8, pin_memory=buffers[0].is_cuda)
-    artifact.read_block(index, [_bytes(stage)])
+    reader.read_block(index, shaped_block(_bytes(stage), manifest.block_tensors(index)))
     for tensor, buffer in zip(manifest.block_tensors(index), buffers, strict=True):
         piece = stage[tensor.start - first :][: tensor.size].view(buffer.dtype).view(tensor.shape)
-        buffer[0, :, start:end].copy_(piece, non_blocking=True)
+        buffer[:, start:end].copy_(piece, non_blocking=True)
     if buffers[0].is_cuda:
         torch.cuda.current_stream(buffers[0].device).synchronize()  # the stage is free to go
 
@@ -277,9 +271,9 @@ def _load_state(artifact: Artifact, cache: Cache, *, tokens: int, device: torch.
     manifest = artifact.manifest
     beyond = manifest.document.tokens - tokens  # rows of the last short block, which aligned reuse runs again
     state: dict[int, dict[str, torch.Tensor]] = {}
-    for stored, place in zip(manifest.state, manifest.state_tensors(), strict=True):
+    for index, stored in enumerate(manifest.state):
         tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
-        artifact.read_state(stored, place, _bytes(tensor))
+        read_state(artifact, index, _bytes(tensor))
         state.setdefault(stored.layer, {})[stored.name] = tensor[None].to(device)
     for at, tensors in state.items():
         layer = cache.layers[at]
@@ -316,6 +310,12 @@ def _fill_recurrent(layer: LinearAttentionLayer, tensors: dict[str, torch.Tensor
             layer.lazy_initialization(recurrent_states=tensor, state_idx=at)
             layer.recurrent_states[at].copy_(tensor)
         layer.has_previous_state[at] = True
+
+
+def _array(tensor: torch.Tensor) -> Array:
+    """A tensor's bits as unsigned integers; without a copy where it is in this machine's memory."""
+    words = torch.uint16 if tensor.itemsize == 2 else torch.uint32
+    return tensor.detach().cpu().view(words).numpy()
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

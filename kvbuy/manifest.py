@@ -222,6 +222,10 @@ class Manifest(Part):
         """The codec's name, "raw" for none."""
         return "raw" if self.codec == "raw" else self.codec.name
 
+    def with_codec(self, codec: Codec) -> Self:
+        """The manifest of the same contents in another codec."""
+        return type(self)(**dict(self) | {"codec": codec})
+
     def block_start(self, index: int) -> int:
         """The position of a block's first token."""
         return index * self.profile.block_size

@@ -9,16 +9,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import chain
 from pathlib import Path
 
 import torch
 from transformers.cache_utils import Cache
 
 import kvbuy
-from kvbuy.artifact import Artifact, Buffer, content_digest, refuse_unwritable, write_artifact
+from kvbuy.artifact import Artifact, content_digest, refuse_unwritable
 from kvbuy.cache import (
-    block_buffers,
+    block_arrays,
     block_digest,
     describe_layers,
     empty_cache,
@@ -32,6 +31,8 @@ from kvbuy.document import CHAT_PROBE, PROBE, Document, encode_document, encode_
 from kvbuy.manifest import Document as DocumentPart
 from kvbuy.manifest import Manifest, Receipt, as_label, chain_blocks, refuse_block_size
 from kvbuy.models import Model, refuse_too_long
+from kvbuy.parts import CodecName
+from kvbuy.writer import write_contents
 
 BLOCK_SIZE = 512  # README, "Measured": the smallest that is aligned, and as fast as one pass
 RECEIPT_TOKENS = 24
@@ -56,6 +57,7 @@ def precompute(
     name: str,
     chat: bool = False,
     block_size: int = BLOCK_SIZE,
+    codec: CodecName = "raw",
     force: bool = False,
     progress: Progress = lambda _, __: None,
 ) -> Precomputed:
@@ -66,7 +68,7 @@ def precompute(
     Raises:
         DocumentError: too long for the model, or its chat template cannot hold it.
         UnsupportedCache: the model's cache cannot be stored.
-        UsageError: no block can have `block_size` tokens.
+        UsageError: no block can have `block_size` tokens, or this kvbuy cannot write `codec`.
         ExistsError, StoreError: `out` cannot be written; nothing is left behind.
     """
     out = Path(out)
@@ -104,9 +106,15 @@ def precompute(
         state=tuple(described for described, _ in state),
         receipt=receipt,
     )
-    blocks = (block_buffers(cache, start, end) for start, end in _cuts(len(document.token_ids), block_size))
-    tail: list[Buffer] = [*(raw for _, raw in state), tokens, raw_text]
-    artifact = write_artifact(out, manifest, chain(chain.from_iterable(blocks), tail), force=force)
+    artifact = write_contents(
+        out,
+        manifest,
+        codec=codec,
+        blocks=(block_arrays(cache, start, end) for start, end in _cuts(len(document.token_ids), block_size)),
+        state=[raw for _, raw in state],
+        side=(tokens, raw_text),
+        force=force,
+    )
     return Precomputed(artifact=artifact, prefill_seconds=seconds)
 
 

@@ -1,0 +1,108 @@
+"""Reading an artifact's contents whatever its codec: decoded into arrays, every digest checked.
+
+Files and codecs meet here and in `kvbuy.writer`; neither knows the other. It does not know what a cache is.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self
+
+from kvbuy.artifact import Artifact, content_digest
+from kvbuy.codec import Coder, open_coder
+from kvbuy.codec.arrays import Array, head_views, shaped, shaped_block
+from kvbuy.errors import DamagedError
+from kvbuy.manifest import Tensor
+from kvbuy.parallel import in_order
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads an artifact's blocks, from several threads at once, submitted in order. Opened once a load.
+
+    `coder` is None and `pieces` are empty where the artifact is raw.
+    """
+
+    artifact: Artifact
+    coder: Coder | None
+    pieces: list[Tensor]
+
+    @classmethod
+    def open(cls, artifact: Artifact) -> Self:
+        """Make the artifact's coder ready.
+
+        Raises:
+            DamagedError: its token ids do not match their digest.
+            UsageError: this kvbuy lacks its codec.
+        """
+        manifest = artifact.manifest
+        coder = None if manifest.codec == "raw" else open_coder(manifest, artifact.read_tokens())
+        return cls(artifact=artifact, coder=coder, pieces=manifest.pieces())
+
+    def read_block(self, index: int, tensors: Sequence[Array]) -> None:
+        """Fill a block's key and value arrays [heads, rows, dim], whose heads may be strided.
+
+        Raises:
+            DamagedError: the bytes cannot be decoded, or do not match the block's digest.
+        """
+        if self.coder is None:
+            self.artifact.read_block(index, list(head_views(tensors)))
+            return
+        data = self.artifact.read_piece(self.pieces[index])
+        with _named(self.artifact, f"block {index}"):
+            self.coder.decode_block(index, data, tensors)
+            _check(head_views(tensors), digest=self.artifact.manifest.blocks[index].digest)
+
+    def load_block(self, index: int) -> list[Array]:
+        """A block's arrays, freshly allocated (errors: `read_block`)."""
+        start, end = self.artifact.manifest.block_span(index)
+        tensors = shaped_block(bytearray(end - start), self.artifact.manifest.block_tensors(index))
+        self.read_block(index, tensors)
+        return tensors
+
+    def load_blocks(self) -> Iterator[list[Array]]:
+        """All blocks' arrays in order, read ahead on threads (errors: `read_block`)."""
+        return in_order(self.load_block, range(len(self.artifact.manifest.blocks)))
+
+
+def read_state(artifact: Artifact, index: int, view: memoryview) -> None:
+    """Fill `view` with the bytes of `manifest.state[index]`.
+
+    Raises:
+        DamagedError: they cannot be decoded, or do not match their digest.
+    """
+    manifest = artifact.manifest
+    stored = manifest.state[index]
+    if manifest.codec == "raw":
+        artifact.read_state(stored, manifest.state_tensors()[index], view)
+        return
+    from kvbuy.codec.fast import decode_tensors  # the law: state is coded so in every codec
+
+    piece = manifest.pieces()[len(manifest.blocks) + index]
+    data = artifact.read_piece(piece)
+    with _named(artifact, piece.name):
+        decode_tensors(data, [shaped(view, stored.dtype, stored.shape)])
+        _check([view], digest=stored.digest)
+
+
+def load_state(artifact: Artifact, index: int) -> bytearray:
+    """The bytes of `manifest.state[index]`, freshly allocated (errors: `read_state`)."""
+    raw = bytearray(artifact.manifest.state_tensors()[index].size)
+    read_state(artifact, index, memoryview(raw))
+    return raw
+
+
+def _check(views: Iterator[memoryview] | list[memoryview], *, digest: str) -> None:
+    if content_digest(views) != digest:
+        raise DamagedError("it does not match its digest")
+
+
+@contextmanager
+def _named(artifact: Artifact, what: str) -> Iterator[None]:
+    """Say of what in which file a damage is."""
+    try:
+        yield
+    except DamagedError as error:
+        error.message = f"{artifact.path.name}: {what}: {error.message}"
+        error.hint = error.hint or "fetch it again"
+        raise
