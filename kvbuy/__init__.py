@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from kvbuy.artifact import Artifact as Artifact
+    from kvbuy.convert import convert as convert
     from kvbuy.decode import Sampling as Sampling
     from kvbuy.errors import KvbuyError as KvbuyError
     from kvbuy.manifest import Manifest as Manifest
@@ -37,6 +38,7 @@ _HOMES = {
     "Model": "models",
     "Sampling": "decode",
     "Verdict": "verdict",
+    "convert": "convert",
     "generate": "reuse",
     "load": "reuse",
     "load_model": "models",

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO, Literal, Self
 
 from blake3 import blake3
 
@@ -103,18 +103,23 @@ class Artifact:
 
     def read_tokens(self) -> tuple[int, ...]:
         """The document's token ids, digest checked (DamagedError)."""
-        tensor, _ = self.manifest.side_tensors()
-        raw = self._read_side(tensor, digest=self.manifest.document.tokens_digest)
+        raw = self.read_side("tokens")
         return struct.unpack(f"<{len(raw) // 4}i", raw)
 
     def read_text(self) -> str:
         """The text that was tokenised, digest checked (DamagedError)."""
-        _, tensor = self.manifest.side_tensors()
-        raw = self._read_side(tensor, digest=self.manifest.document.text_digest)
         try:
-            return raw.decode()
+            return self.read_side("text").decode()
         except UnicodeDecodeError:
             raise DamagedError(f"{self.path.name}: the stored text is not UTF-8") from None
+
+    def read_side(self, name: Literal["tokens", "text"]) -> bytes:
+        """The bytes of the document's token ids (little-endian int32) or text, digest checked (DamagedError)."""
+        document, (tokens, text) = self.manifest.document, self.manifest.side_tensors()
+        tensor, digest = (tokens, document.tokens_digest) if name == "tokens" else (text, document.text_digest)
+        raw = bytearray(tensor.size)
+        self._read_checked(tensor.name, tensor.start, [memoryview(raw)], digest=digest)
+        return bytes(raw)
 
     def check_blocks(self) -> None:
         """Check every digest and the chain of block ids: is the artifact intact?
@@ -137,11 +142,6 @@ class Artifact:
             pass
         for index in range(len(manifest.state)):
             load_state(self, index)
-
-    def _read_side(self, tensor: Tensor, *, digest: str) -> bytes:
-        raw = bytearray(tensor.size)
-        self._read_checked(tensor.name, tensor.start, [memoryview(raw)], digest=digest)
-        return bytes(raw)
 
     def _read_checked(self, what: str, start: int, views: Sequence[memoryview], *, digest: str) -> None:
         hasher = blake3()

@@ -54,6 +54,14 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
+class CodecChoice(StrEnum):
+    """How an artifact stores its KV: always lossless."""
+
+    RAW = "raw"
+    FAST = "fast"
+    DENSE = "dense"
+
+
 ModelOption = Annotated[str | None, typer.Option("--model", help="Hub id (with optional @revision) or local folder.")]
 AdapterOption = Annotated[str | None, typer.Option("--adapter", help="PEFT adapter: folder or Hub id.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cuda, mps or cpu. [default: the first there is]")]
@@ -80,6 +88,7 @@ def precompute(
     device: DeviceOption = None,
     dtype: Annotated[Dtype | None, typer.Option("--dtype", help="[default: the model's own]")] = None,
     block_size: Annotated[int, typer.Option("--block-size", help="Tokens a block; a multiple of 16.")] = 512,
+    codec: Annotated[CodecChoice, typer.Option("--codec", help="Lossless: raw, fast, or dense.")] = CodecChoice.RAW,
     force: Annotated[bool, typer.Option("--force", help="Replace existing artifacts.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -115,6 +124,7 @@ def precompute(
                 name="stdin" if document == "-" else Path(document).name,
                 chat=chat,
                 block_size=block_size,
+                codec=codec.value,
                 force=force,
                 progress=partial(progress, path.name),
             )
@@ -123,6 +133,34 @@ def precompute(
         render.print_json({"artifacts": [render.precomputed_json(one) for one in made]})
     else:
         render.print_table(render.precomputed_table(made))
+
+
+@app.command()
+def convert(
+    artifact: ArtifactArgument = None,
+    codec: Annotated[CodecChoice, typer.Option("--codec", help="Lossless: raw, fast, or dense.")] = CodecChoice.FAST,
+    out: Annotated[Path | None, typer.Option("--out", help="[default: NAME.CODEC.kv.safetensors beside it]")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Write an artifact in another codec, bit for bit the same.
+
+    Example: kvbuy convert doc.kv.safetensors --codec fast
+    """
+    from kvbuy import render
+    from kvbuy.convert import convert
+    from kvbuy.store import find_artifact, refuse_name
+
+    if out is not None:
+        refuse_name(out)
+    path = find_artifact(artifact)
+    if artifact is None and not json:
+        render.say(f"artifact: {path}")
+    converted = convert(path, out, codec=codec.value, force=force)
+    if json:
+        render.print_json(render.converted_json(converted))
+    else:
+        render.print_table(render.converted_table(converted))
 
 
 @app.command()

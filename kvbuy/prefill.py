@@ -26,6 +26,7 @@ from kvbuy.cache import (
     refuse_unfilled,
     state_tensors,
 )
+from kvbuy.codec import codec_part
 from kvbuy.decode import greedy
 from kvbuy.document import CHAT_PROBE, PROBE, Document, encode_document, encode_prompt
 from kvbuy.manifest import Document as DocumentPart
@@ -74,6 +75,7 @@ def precompute(
     out = Path(out)
     refuse_block_size(block_size)
     refuse_unwritable(out, force=force)
+    codec_part(codec, ())  # refuses one that cannot be written, before the long prefill
     document = encode_document(model.tokenizer, text, name=name, chat=chat)
     probe = CHAT_PROBE if chat else PROBE
     prompt = encode_prompt(model.tokenizer, probe, document_text=document.text, chat=chat)

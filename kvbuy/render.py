@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from kvbuy.artifact import Artifact
+    from kvbuy.convert import Converted
     from kvbuy.errors import KvbuyError
     from kvbuy.prefill import Precomputed
     from kvbuy.reuse import Generation
@@ -120,6 +121,22 @@ def precomputed_table(made: list["Precomputed"]) -> "Table":
     return table
 
 
+def converted_json(converted: "Converted") -> Json:
+    """`convert --json`; `ratio` is what keys, values and state take in the file, to what they are."""
+    facts = inspect_json(converted.artifact)
+    kept = {name: facts[name] for name in ("artifact", "id", "codec", "bytes", "kv_bytes", "ratio")}
+    return kept | {"seconds": converted.seconds}
+
+
+def converted_table(converted: "Converted") -> "Table":
+    """What `convert` made."""
+    table = _table("artifact", "codec", "size", "KV", "ratio", "time")
+    facts = converted_json(converted)
+    sizes = (megabytes(facts["bytes"]), megabytes(facts["kv_bytes"]), f"{facts['ratio']:.3f}")
+    table.add_row(facts["artifact"], facts["codec"], *sizes, f"{converted.seconds:.1f} s")
+    return table
+
+
 def generation_json(generation: "Generation") -> Json:
     """`generate --json`."""
     return asdict(generation)
@@ -142,7 +159,10 @@ def inspect_json(artifact: "Artifact") -> Json:
         "id": artifact.id,
         "bytes": artifact.header_bytes + manifest.data_bytes(),
         "header_bytes": artifact.header_bytes,
+        "codec": manifest.codec_name,
         "kv_bytes": manifest.kv_bytes(),
+        "stored_kv_bytes": manifest.stored_kv_bytes(),
+        "ratio": manifest.stored_kv_bytes() / manifest.kv_bytes(),
         "bytes_per_token": manifest.kv_bytes() // manifest.document.tokens,
         "manifest": manifest.model_dump(mode="json"),
     }
@@ -156,12 +176,13 @@ def inspect_table(artifact: "Artifact") -> "Table":
     revision = f" @ {manifest.model.revision[:12]}" if manifest.model.revision else ""
     kinds = [layer.kind for layer in manifest.layers]
     sizes = f"{megabytes(facts['bytes'])}, KV {megabytes(facts['kv_bytes'])}, {facts['bytes_per_token']} bytes a token"
+    ratio = "" if manifest.codec == "raw" else f", {facts['ratio']:.3f} of the KV's size"
     machine = f"{profile.device}, {profile.processor}, torch {profile.torch}, transformers {profile.transformers}"
     rows = {
         "id": artifact.id,
         "made": f"{manifest.created} by {manifest.producer}",
         "document": f"{document.name}{' (in the chat template)' if document.chat else ''}, {document.tokens} tokens",
-        "size": f"{sizes} (codec {manifest.codec})",
+        "size": f"{sizes} (codec {facts['codec']}{ratio})",
         "blocks": f"{len(manifest.blocks)} of {profile.block_size} tokens; the last has id {manifest.blocks[-1].id}",
         "layers": ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)),
         "model": f"{manifest.model.name}{revision}, {fingerprint.dtype} (a label; the fingerprint decides)",

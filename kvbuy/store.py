@@ -2,9 +2,11 @@
 
 import os
 from pathlib import Path
+from typing import get_args
 
 from kvbuy.artifact import SUFFIX
 from kvbuy.errors import StoreError, UsageError
+from kvbuy.parts import CodecName
 
 
 def cache_folder() -> Path:
@@ -47,6 +49,20 @@ def name_artifacts(documents: list[str], out: Path | None) -> list[Path]:
             first = documents[paths.index(path)]
             raise UsageError(f"{first} and {documents[at]} would both become {path}", hint="precompute them apart")
     return paths
+
+
+def refuse_name(out: Path) -> None:
+    """Raise UsageError where a name is not an artifact's: one that does not end in the suffix is not found again."""
+    if not out.name.endswith(SUFFIX):
+        raise UsageError(f"--out {out} does not end in {SUFFIX}", hint=f"--out {out.name}{SUFFIX}")
+
+
+def name_converted(path: Path, codec: CodecName) -> Path:
+    """Where an artifact converted to a codec goes: beside it, NAME.CODEC; NAME is without an earlier codec's."""
+    name = path.name.removesuffix(SUFFIX)
+    for earlier in get_args(CodecName):
+        name = name.removesuffix(f".{earlier}") or name
+    return path.with_name(f"{name}.{codec}{SUFFIX}")
 
 
 def _label(document: str) -> str:
