@@ -17,13 +17,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from kvbuy.artifact import Artifact as Artifact
-    from kvbuy.convert import convert as convert
     from kvbuy.decode import Sampling as Sampling
     from kvbuy.errors import KvbuyError as KvbuyError
     from kvbuy.manifest import Manifest as Manifest
     from kvbuy.models import Model as Model
     from kvbuy.models import load_model as load_model
     from kvbuy.prefill import precompute as precompute
+    from kvbuy.recode import convert as convert
     from kvbuy.replay import verify as verify
     from kvbuy.reuse import Conversation as Conversation
     from kvbuy.reuse import generate as generate
@@ -38,7 +38,7 @@ _HOMES = {
     "Model": "models",
     "Sampling": "decode",
     "Verdict": "verdict",
-    "convert": "convert",
+    "convert": "recode",
     "generate": "reuse",
     "load": "reuse",
     "load_model": "models",

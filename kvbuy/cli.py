@@ -148,7 +148,7 @@ def convert(
     Example: kvbuy convert doc.kv.safetensors --codec fast
     """
     from kvbuy import render
-    from kvbuy.convert import convert
+    from kvbuy.recode import convert
     from kvbuy.store import find_artifact, refuse_name
 
     if out is not None:

@@ -3,7 +3,7 @@
 Files and codecs meet here and in `kvbuy.writer`; neither knows the other. It does not know what a cache is.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
@@ -49,9 +49,9 @@ class Reader:
             self.artifact.read_block(index, list(head_views(tensors)))
             return
         data = self.artifact.read_piece(self.pieces[index])
-        with _named(self.artifact, f"block {index}"):
+        digest = self.artifact.manifest.blocks[index].digest
+        with _checking(self.artifact, f"block {index}", head_views(tensors), digest=digest):
             self.coder.decode_block(index, data, tensors)
-            _check(head_views(tensors), digest=self.artifact.manifest.blocks[index].digest)
 
     def load_block(self, index: int) -> list[Array]:
         """A block's arrays, freshly allocated (errors: `read_block`)."""
@@ -80,9 +80,8 @@ def read_state(artifact: Artifact, index: int, view: memoryview) -> None:
 
     piece = manifest.pieces()[len(manifest.blocks) + index]
     data = artifact.read_piece(piece)
-    with _named(artifact, piece.name):
+    with _checking(artifact, piece.name, [view], digest=stored.digest):
         decode_tensors(data, [shaped(view, stored.dtype, stored.shape)])
-        _check([view], digest=stored.digest)
 
 
 def load_state(artifact: Artifact, index: int) -> bytearray:
@@ -92,17 +91,12 @@ def load_state(artifact: Artifact, index: int) -> bytearray:
     return raw
 
 
-def _check(views: Iterator[memoryview] | list[memoryview], *, digest: str) -> None:
-    if content_digest(views) != digest:
-        raise DamagedError("it does not match its digest")
-
-
 @contextmanager
-def _named(artifact: Artifact, what: str) -> Iterator[None]:
-    """Say of what in which file a damage is."""
+def _checking(artifact: Artifact, what: str, decoded: Iterable[memoryview], *, digest: str) -> Iterator[None]:
+    """Check what a decoder has filled, and say of which part of which file a damage is."""
     try:
         yield
     except DamagedError as error:
-        error.message = f"{artifact.path.name}: {what}: {error.message}"
-        error.hint = error.hint or "fetch it again"
-        raise
+        raise DamagedError(f"{artifact.path.name}: {what}: {error.message}", hint="fetch it again") from error
+    if content_digest(decoded) != digest:
+        raise DamagedError(f"{artifact.path.name}: {what} does not match its digest", hint="fetch it again")

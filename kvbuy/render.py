@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from kvbuy.artifact import Artifact
-    from kvbuy.convert import Converted
     from kvbuy.errors import KvbuyError
     from kvbuy.prefill import Precomputed
+    from kvbuy.recode import Converted
     from kvbuy.reuse import Generation
 
 Json = dict[str, Any]

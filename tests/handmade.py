@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from kvbuy.artifact import content_digest
@@ -105,3 +106,12 @@ def changed(facts: Facts, path: str, value: object) -> Facts:
         target = target[step]
     target[at] = value
     return copy  # type: ignore[no-any-return]
+
+
+def altered_file(path: Path, at: int) -> None:
+    """Flip the lowest bit of a file's byte."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))

@@ -127,6 +127,8 @@ def test_one_bad_document_of_many_is_refused_before_the_first_is_computed(run: R
         ["precompute"],
         ["precompute", "doc.txt", "--block-size", "17"],
         ["precompute", "doc.txt", "--out", "missing.txt"],
+        ["precompute", "doc.txt", "--codec", "int8"],
+        ["convert", "--out", "small"],
         ["generate"],
         ["generate", "--prompt", "x", "--reuse", "sometimes"],
         ["generate", "--prompt", "x", "--max-new-tokens", "0"],
@@ -271,6 +273,38 @@ def test_inspect_prints_manifest_and_sizes(run: Run, precomputed: Ran) -> None:
     assert facts["bytes"] == Path("doc.kv.safetensors").stat().st_size
     assert facts["manifest"]["document"]["tokens"] == 200
     assert "whoever has this file can read the document" in " ".join(run("inspect").out.split())
+
+
+def test_convert_prints_what_it_made(run: Run, precomputed: Ran) -> None:
+    ran = run("convert", "doc.kv.safetensors", "--codec", "fast", "--json")
+    facts = ran.json
+    assert (ran.code, ran.err) == (0, "")
+    assert facts.keys() == {"artifact", "id", "codec", "bytes", "kv_bytes", "ratio", "seconds"}
+    assert (facts["artifact"], facts["codec"], facts["kv_bytes"]) == ("doc.fast.kv.safetensors", "fast", 51200)
+    assert facts["bytes"] == Path("doc.fast.kv.safetensors").stat().st_size
+    assert 0 < facts["ratio"] < 0.85
+    inspected = run("inspect", "doc.fast.kv.safetensors", "--json").json
+    assert {key: inspected[key] for key in ("id", "codec", "ratio")} == {
+        key: facts[key] for key in ("id", "codec", "ratio")
+    }
+    assert f"(codec fast, {facts['ratio']:.3f} of the KV's size)" in " ".join(run("inspect").out.split())
+
+
+def test_a_converted_artifact_answers_as_the_raw_one_and_verifies(run: Run, precomputed: Ran) -> None:
+    ran = run("convert", "--out", "small.kv.safetensors")
+    assert (ran.code, ran.err) == (0, "artifact: doc.kv.safetensors\n")
+    assert "small.kv.safetensors" in ran.out
+    args = ["--model", "model", "--prompt", "What then?", "--max-new-tokens", "4", "--json", "--kv"]
+    answers = [run("generate", *args, f"{name}.kv.safetensors").json for name in ("doc", "small")]
+    assert answers[0]["token_ids"] == answers[1]["token_ids"]
+    assert run("verify", "small.kv.safetensors", "--model", "model", "--quick", "--json").json["verdict"] == "replayed"
+
+
+def test_converting_to_the_same_codec_exits_2(run: Run, precomputed: Ran) -> None:
+    ran = run("convert", "doc.kv.safetensors", "--codec", "raw")
+    assert (ran.code, ran.out) == (2, "")
+    assert "has the codec raw already" in ran.err
+    assert "hint: " in ran.err
 
 
 def test_no_artifact_here_says_how_to_make_one(run: Run) -> None:

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from kvbuy.artifact import Artifact
+from kvbuy.recode import convert
 
 FOLDER = Path(__file__).parent / "golden" / "v1"
 EXPECTED: dict[str, dict[str, Any]] = json.loads((FOLDER / "expected.json").read_text(encoding="utf-8"))
@@ -84,3 +85,43 @@ def test_a_golden_artifact_s_tokens_and_text_are_what_plain_safetensors_reads(na
     artifact, tensors = Artifact.open(golden(name)), load_file(golden(name))
     assert list(artifact.read_tokens()) == tensors["tokens"].tolist()
     assert artifact.read_text().encode() == raw_bytes(tensors["text"])
+
+
+# `golden/v1-fast/` is the same law in the codec fast, written once from the file of the same name in `golden/v1/`.
+
+FAST = FOLDER.with_name("v1-fast")
+EXPECTED_FAST: dict[str, dict[str, Any]] = json.loads((FAST / "expected.json").read_text(encoding="utf-8"))
+
+by_fast_name = pytest.mark.parametrize("name", EXPECTED_FAST)
+
+
+@by_fast_name
+def test_a_golden_fast_file_has_not_changed(name: str) -> None:
+    path = FAST / f"{name}.kv.safetensors"
+    artifact = Artifact.open(path)
+    assert {
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "id": artifact.id,
+        "sizes": [piece.size for piece in artifact.manifest.pieces()],
+    } == EXPECTED_FAST[name]
+
+
+@by_fast_name
+def test_a_golden_fast_artifact_differs_from_the_raw_one_in_its_codec_only(name: str) -> None:
+    artifact, raw = Artifact.open(FAST / f"{name}.kv.safetensors"), Artifact.open(golden(name))
+    assert artifact.manifest.with_codec("raw") == raw.manifest
+    assert (artifact.read_tokens(), artifact.read_text()) == (raw.read_tokens(), raw.read_text())
+
+
+@by_fast_name
+def test_a_golden_fast_artifact_decodes_to_the_raw_one_s_file(name: str, tmp_path: Path) -> None:
+    again = convert(FAST / f"{name}.kv.safetensors", tmp_path / "again.kv.safetensors", codec="raw")
+    assert again.artifact.path.read_bytes() == golden(name).read_bytes()
+
+
+@by_fast_name
+def test_a_golden_fast_file_s_tensors_are_what_plain_safetensors_reads(name: str) -> None:
+    artifact, tensors = Artifact.open(FAST / f"{name}.kv.safetensors"), load_file(FAST / f"{name}.kv.safetensors")
+    pieces = {piece.name: bytes(artifact.read_piece(piece)) for piece in artifact.manifest.pieces()}
+    assert {piece: raw_bytes(tensors[piece]) for piece in pieces} == pieces
+    assert tensors.keys() - pieces.keys() == {"tokens", "text"}

@@ -160,6 +160,12 @@ FILES = {
     "state-of-a-full-layer": with_fact(
         "state", [{"digest": "0" * 64, "dtype": "F32", "layer": 0, "name": "conv.0", "shape": [1]}]
     ),
+    # What it says of a codec.
+    "codec-without-a-name": with_fact("codec", {"sizes": [1, 1, 1]}),
+    "codec-named-as-a-module": with_fact("codec", {"name": "os", "sizes": [1, 1, 1]}),
+    "codec-with-a-size-missing": with_fact("codec", {"name": "fast", "sizes": [1, 1]}),
+    "codec-with-a-size-of-petabytes": with_fact("codec", {"name": "fast", "sizes": [2**47, 1, 1]}),
+    "codec-fast-over-raw-bytes": with_fact("codec", {"name": "fast", "sizes": [900, 1000, 500]}, DATA[160:]),
     # The contents.
     "blocks-swapped": RAW[:START] + SWAPPED,
     "block-entries-swapped": with_fact("blocks", [FACTS["blocks"][1], FACTS["blocks"][0], FACTS["blocks"][2]], SWAPPED),

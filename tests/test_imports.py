@@ -15,7 +15,21 @@ import kvbuy
 from kvbuy.artifact import write_artifact
 
 HEAVY = ["torch", "transformers", "numpy", "huggingface_hub"]
-LIGHT = ["errors", "manifest", "artifact", "fingerprint", "store", "verdict", "hub", "render", "document", "cli"]
+LIGHT = [
+    "errors",
+    "parts",
+    "manifest",
+    "parallel",
+    "codec",
+    "artifact",
+    "fingerprint",
+    "store",
+    "verdict",
+    "hub",
+    "render",
+    "document",
+    "cli",
+]
 REPORT = f"""
 import json, sys
 print("\\n" + json.dumps([name for name in {HEAVY} if name in sys.modules]))
@@ -58,6 +72,11 @@ def test_help_imports_nothing_heavy() -> None:
 def test_inspect_imports_nothing_heavy(flags: list[str], tmp_path: Path) -> None:
     artifact = write_artifact(tmp_path / "doc.kv.safetensors", *handmade())
     assert heavy_after(COMMAND, "inspect", str(artifact.path), *flags) == []
+
+
+def test_convert_imports_no_torch(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path / "doc.kv.safetensors", *handmade())
+    assert heavy_after(COMMAND, "convert", str(artifact.path)) == ["numpy"]
 
 
 def test_a_heavy_import_would_be_seen() -> None:

@@ -122,6 +122,24 @@ UNLAWFUL = {
 }
 
 
+SIZES = [95, 96, 20, 22, 1, 6, 10]  # three blocks and four state tensors, of 96, 96, 48, 22, 44, 6 and 10 bytes
+FAST = {"name": "fast", "sizes": SIZES}
+DENSE = FAST | {"name": "dense", "pack": "5" * 64}
+UNLAWFUL |= {
+    "a codec without a name": ("codec", {"sizes": SIZES}, "at codec: a codec must be"),
+    "a list for a codec": ("codec", ["fast"], "at codec: a codec must be"),
+    "raw with sizes": ("codec", FAST | {"name": "raw"}, "at codec: a codec must be"),
+    "fast without sizes": ("codec", "fast", "at codec: a codec must be"),
+    "fast with a pack": ("codec", DENSE | {"name": "fast"}, r"at codec\.fast\.pack: Extra inputs"),
+    "dense without a pack": ("codec", FAST | {"name": "dense"}, r"at codec\.dense\.pack: Field required"),
+    "an encoded size missing": ("codec", FAST | {"sizes": SIZES[:-1]}, "6 sizes for 7 blocks and state tensors"),
+    "an encoded size too many": ("codec", FAST | {"sizes": [*SIZES, 1]}, "8 sizes for 7 blocks and state tensors"),
+    "an encoded size of zero": ("codec", FAST | {"sizes": [0, *SIZES[1:]]}, "greater than or equal to 1"),
+    "an encoded size of petabytes": ("codec", FAST | {"sizes": [2**47, *SIZES[1:]]}, "more than the 160 it may have"),
+    "an encoded state that grows": ("codec", DENSE | {"sizes": [*SIZES[:-1], 75]}, "more than the 74 it may have"),
+}
+
+
 @pytest.mark.parametrize(("path", "value", "message"), UNLAWFUL.values(), ids=UNLAWFUL)
 def test_a_manifest_that_breaks_the_law_is_refused(path: str, value: object, message: str) -> None:
     with pytest.raises(DamagedError, match=message):
@@ -177,6 +195,33 @@ def test_the_header_follows_from_the_manifest() -> None:
         "tokens": ([40], 322, 482),
         "text": ([40], 482, 522),
     }
+
+
+@pytest.mark.parametrize("codec", [FAST, DENSE], ids=["fast", "dense"])
+def test_a_coded_artifact_s_header_has_a_tensor_a_piece(codec: dict[str, object]) -> None:
+    manifest = parse_manifest(canonical_json(changed(FACTS, "codec", codec)))
+    entries = json.loads(manifest.header()[8:])
+    assert manifest.codec_name == codec["name"]
+    assert len(entries) - 1 == manifest.count_tensors() == 9
+    assert {name: (entry["dtype"], *entry["data_offsets"]) for name, entry in entries.items() if name[0] != "_"} == {
+        "block.0": ("U8", 0, 95),
+        "block.1": ("U8", 95, 191),
+        "block.2": ("U8", 191, 211),
+        "state.1.key": ("U8", 211, 233),
+        "state.1.value": ("U8", 233, 234),
+        "state.2.conv.0": ("U8", 234, 240),
+        "state.2.recurrent.0": ("U8", 240, 250),
+        "tokens": ("I32", 250, 410),
+        "text": ("U8", 410, 450),
+    }
+    assert (manifest.kv_bytes(), manifest.stored_kv_bytes(), manifest.data_bytes()) == (322, 250, 450)
+
+
+def test_another_codec_changes_nothing_but_the_codec() -> None:
+    coded = parse_manifest(canonical_json(changed(FACTS, "codec", FAST)))
+    assert facts_of(coded) == FACTS | {"codec": FAST}
+    assert coded.with_codec("raw") == MANIFEST
+    assert MANIFEST.with_codec(coded.codec) == coded
 
 
 def test_the_manifest_knows_how_many_bytes_follow_the_header() -> None:
