@@ -5,6 +5,7 @@ its own afterwards. Whoever repeats it on the same profile gets the same bits.
 """
 
 import hashlib
+import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from kvbuy.codec import codec_part
 from kvbuy.decode import greedy
 from kvbuy.document import CHAT_PROBE, PROBE, Document, encode_document, encode_prompt
 from kvbuy.manifest import Document as DocumentPart
-from kvbuy.manifest import Manifest, Receipt, as_label, chain_blocks, refuse_block_size
+from kvbuy.manifest import Layer, Manifest, Receipt, StateTensor, as_label, chain_blocks, refuse_block_size
 from kvbuy.models import Model, refuse_too_long
 from kvbuy.parts import CodecName
 from kvbuy.writer import write_contents
@@ -88,25 +89,14 @@ def precompute(
     seconds = time.perf_counter() - started
     state = list(state_tensors(cache))
     forget_windows(cache)
-    receipt = make_receipt(model, cache, probe, prompt)
-
-    profile = model.profile(block_size)
-    tokens = torch.tensor(document.token_ids, dtype=torch.int32).numpy().tobytes()
-    raw_text = document.text.encode()
-    manifest = Manifest(
-        format="kvbuy",
-        version=1,
-        producer=f"kvbuy {kvbuy.__version__}",
-        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        model=model.label,
-        fingerprint=model.fingerprint,
-        profile=profile,
-        document=_describe(document, raw_text, tokens),
-        codec="raw",
+    manifest = _manifest(
+        document,
+        model,
+        block_size=block_size,
+        digests=digests,
         layers=describe_layers(cache),
-        blocks=chain_blocks(document.token_ids, fingerprint=model.fingerprint, profile=profile, digests=digests),
         state=tuple(described for described, _ in state),
-        receipt=receipt,
+        receipt=make_receipt(model, cache, probe, prompt),
     )
     artifact = write_contents(
         out,
@@ -114,7 +104,7 @@ def precompute(
         codec=codec,
         blocks=(block_arrays(cache, start, end) for start, end in _cuts(len(document.token_ids), block_size)),
         state=[raw for _, raw in state],
-        side=(tokens, raw_text),
+        side=_side(document),
         force=force,
     )
     return Precomputed(artifact=artifact, prefill_seconds=seconds)
@@ -161,12 +151,48 @@ def _cuts(tokens: int, block_size: int) -> list[tuple[int, int]]:
     return [(start, min(start + block_size, tokens)) for start in range(0, tokens, block_size)]
 
 
-def _describe(document: Document, raw_text: bytes, tokens: bytes) -> DocumentPart:
+def _manifest(
+    document: Document,
+    model: Model,
+    *,
+    block_size: int,
+    digests: Sequence[str],
+    layers: tuple[Layer, ...],
+    state: tuple[StateTensor, ...],
+    receipt: Receipt,
+) -> Manifest:
+    """What there is to say of an artifact, its codec being raw."""
+    profile = model.profile(block_size)
+    return Manifest(
+        format="kvbuy",
+        version=1,
+        producer=f"kvbuy {kvbuy.__version__}",
+        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        model=model.label,
+        fingerprint=model.fingerprint,
+        profile=profile,
+        document=_describe(document),
+        codec="raw",
+        layers=layers,
+        blocks=chain_blocks(document.token_ids, fingerprint=model.fingerprint, profile=profile, digests=digests),
+        state=state,
+        receipt=receipt,
+    )
+
+
+def _side(document: Document) -> tuple[bytes, bytes]:
+    """The bytes of the tensors `tokens` and `text`."""
+    ids = document.token_ids
+    return struct.pack(f"<{len(ids)}i", *ids), document.text.encode()
+
+
+def _describe(document: Document) -> DocumentPart:
+    tokens, text = _side(document)
     return DocumentPart(
         name=as_label(document.name),
         chat=document.chat,
-        text_bytes=len(raw_text),
-        text_digest=content_digest([raw_text]),
+        text_bytes=len(text),
+        text_digest=content_digest([text]),
         tokens=len(document.token_ids),
         tokens_digest=content_digest([tokens]),
     )
