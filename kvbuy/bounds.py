@@ -81,10 +81,12 @@ def gaussian_bits(dtype: FloatType) -> float:
     """The entropy of a zero-mean Gaussian rounded to `dtype`, in bits a value: 10.46 in BF16, 13.46 in F16.
 
     A finely quantised variable has the entropy h(X) - E[log2 step] (Cover and Thomas, Elements of Information Theory,
-    theorem 8.3.1). Here h(X) = log2(2 pi e) / 2 at scale 1, and the step is 2^(floor(log2 |x|) - mantissa bits): another
+    theorem 8.3.1). At scale 1, h(X) = log2(2 pi e) / 2, and the step is 2^(floor(log2 |x|) - mantissa bits). Another
     scale moves both terms alike, but for the scale's place inside an octave, which is worth less than 0.001 bits.
     """
-    octaves = (at * (math.erf(2.0 ** (at + 1) / math.sqrt(2)) - math.erf(2.0**at / math.sqrt(2))) for at in range(-60, 6))
+    octaves = (
+        at * (math.erf(2.0 ** (at + 1) / math.sqrt(2)) - math.erf(2.0**at / math.sqrt(2))) for at in range(-60, 6)
+    )
     return math.log2(2 * math.pi * math.e) / 2 + LAYOUTS[dtype].mantissa_bits - sum(octaves)
 
 
