@@ -199,6 +199,13 @@ def block_buffers(cache: Cache, start: int, end: int) -> Iterator[memoryview]:
                 yield _bytes(head)
 
 
+def full_rows(cache: Cache) -> Iterator[torch.Tensor]:
+    """Keys and values of the full-attention layers, [heads, tokens, dim], in file order: views, not copies."""
+    for layer in _full_layers(cache):
+        yield layer.keys[0]
+        yield layer.values[0]
+
+
 def record_windows(cache: Cache) -> None:
     """Keep the rows that slide out of windows from now on: before the last short block, for aligned reuse."""
     for layer in cache.layers:

@@ -50,19 +50,23 @@ LIST_PRICE = PrefillPrice(
 )
 
 
-def gpu_prefill_price(parameters: float, *, flops: float, usd_per_hour: float) -> PrefillPrice:
+def gpu_prefill_price(what: str, parameters: float, *, flops: float, usd_per_hour: float) -> PrefillPrice:
     """What a GPU's time costs: 2 FLOP a parameter and token (Kaplan et al. 2020, table 1), attention left out.
 
-    `flops` is what the GPU reaches in floating-point operations a second.
+    `what` names model and GPU, `flops` is what the GPU reaches in floating-point operations a second.
     """
     usd_per_token = 2 * parameters / flops * usd_per_hour / 3600
     gpu = f"{flops / 1e12:g} TFLOP/s at ${usd_per_hour:.2f} an hour"
-    basis = f"{parameters / 1e9:g} B parameters, 2 FLOP a parameter and token, {gpu}; attention left out"
+    basis = f"{what}: {parameters / 1e9:g} B parameters, 2 FLOP a parameter and token, {gpu}; attention left out"
     return PrefillPrice("GPU cost", usd_per_token * 1e6, basis)
 
 
-# An H100 at $2.50 an hour, of a band from 1.99 to 6.88 (May 2026, second hand); the paper's Qwen3-4B.
-GPU_PRICE = gpu_prefill_price(4e9, flops=500e12, usd_per_hour=2.50)
+GPU_PRICE = gpu_prefill_price(
+    "the paper's Qwen3-4B on an H100 (2026-05, second hand, of a band from $1.99 to $6.88)",
+    4e9,
+    flops=500e12,
+    usd_per_hour=2.50,
+)
 
 PREFILL_PRICES = (LIST_PRICE, GPU_PRICE)
 

@@ -152,12 +152,7 @@ def measure_codec(name: str, coder: Coder, blocks: Sequence[Sequence[Array]], *,
         if not all(map(np.array_equal, block, fresh)):
             raise AssertionError(f"{name} does not give block {index} back")
     raw, size = _raw_bytes(blocks), sum(len(one.data) for one in encoded)
-    ratios = [
-        sum(costs) / sum(tensor.nbytes for tensor in tensors)
-        for costs, tensors in zip(
-            zip(*(one.tensor_bytes for one in encoded), strict=True), zip(*blocks, strict=True), strict=True
-        )
-    ]
+    ratios = _tensor_ratios(blocks, [one.tensor_bytes for one in encoded])
     return CodecMeasure(
         name=name,
         lossless=True,
@@ -184,6 +179,13 @@ def measure_sample(name: str, coder: Coder, blocks: Sequence[Sequence[Array]], *
     found = measure_codec(name, coder, [sample])
     size = round(found.ratio * raw) + uncoded
     return replace(found, bytes=size, ratio=size / (raw + uncoded), sampled=True)
+
+
+def _tensor_ratios(blocks: Sequence[Sequence[Array]], costs: Sequence[Sequence[float]]) -> list[float]:
+    """The ratio of each tensor over all blocks, in file order."""
+    coded = [sum(cost) for cost in zip(*costs, strict=True)]
+    raw = [sum(tensor.nbytes for tensor in tensors) for tensors in zip(*blocks, strict=True)]
+    return [cost / size for cost, size in zip(coded, raw, strict=True)]
 
 
 def _raw_bytes(blocks: Sequence[Sequence[Array]]) -> int:
