@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 EIGHTHS = " ▏▎▍▌▋▊▉"
 WIDEST_BAR = 30
+BESIDE_BARS = 29  # columns of the layer table that are no bars
 
 
 def measure_json(artifact: "Artifact", found: "Measurement", lossy: Sequence["LossyMeasure"]) -> Json:
@@ -117,10 +118,8 @@ def bound_table(found: "Measurement") -> "Table":
 def layer_table(found: "Measurement", *, width: int, ascii_only: bool) -> "Table":
     """A picture of how compressible each layer is: the smallest codec's ratios as bars, a full bar being 1."""
     codec = min(found.codecs, key=lambda one: one.bytes)
-    room = min(WIDEST_BAR, (width - len(f" layer   K {codec.name}   0.0000   V {codec.name}   0.0000 ")) // 2 + 3)
+    room = min(WIDEST_BAR, (width - BESIDE_BARS) // 2)
     table = plain_table("layer", f"K, {codec.name}", "", f"V, {codec.name}", "")
-    for at in (1, 3):
-        table.columns[at].no_wrap = True
     for number, ratios in zip(found.layers, codec.layers, strict=True):
         cells = [(bar(ratio, width=room, ascii_only=ascii_only), f"{ratio:.3f}") for ratio in ratios]
         table.add_row(str(number), *cells[0], *cells[1])

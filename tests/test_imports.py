@@ -16,6 +16,7 @@ from kvbuy.artifact import write_artifact
 
 HEAVY = ["torch", "transformers", "numpy", "huggingface_hub"]
 LIGHT = ["errors", "manifest", "artifact", "fingerprint", "store", "verdict", "hub", "render", "document", "cli"]
+LIGHT += ["economics", "render_measure"]
 REPORT = f"""
 import json, sys
 print("\\n" + json.dumps([name for name in {HEAVY} if name in sys.modules]))
@@ -58,6 +59,12 @@ def test_help_imports_nothing_heavy() -> None:
 def test_inspect_imports_nothing_heavy(flags: list[str], tmp_path: Path) -> None:
     artifact = write_artifact(tmp_path / "doc.kv.safetensors", *handmade())
     assert heavy_after(COMMAND, "inspect", str(artifact.path), *flags) == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["table", "json"])
+def test_measure_imports_no_torch(flags: list[str], tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path / "doc.kv.safetensors", *handmade())
+    assert heavy_after(COMMAND, "measure", str(artifact.path), *flags) == ["numpy"]
 
 
 def test_a_heavy_import_would_be_seen() -> None:
