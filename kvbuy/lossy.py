@@ -138,5 +138,5 @@ ENCODINGS: dict[str, Encoding] = {
     "exact": exact,
     "int8 a channel": int8_per_channel,
     "fp8 e4m3 a tensor": fp8_per_tensor,
-    "one value vector negated": negate_one_value,
+    "one value negated": negate_one_value,
 }

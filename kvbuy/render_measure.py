@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 EIGHTHS = " ▏▎▍▌▋▊▉"
 WIDEST_BAR = 30
+LOSSY_NOTES = (
+    "Greedy tokens equal to the exact cache's, the first that is not, and the largest KL (nats) and logit difference.",
+    "one value negated: one token's value vector in one head of one layer; a corruption, to compare encodings with.",
+    "Measured for comparison only: kvbuy stores no lossy encoding.",
+)
 BESIDE_BARS = 29  # columns of the layer table that are no bars
 
 
@@ -79,7 +84,8 @@ def print_measurement(artifact: "Artifact", found: "Measurement", lossy: Sequenc
         console.print(line)
     if lossy:
         console.print(lossy_table(lossy))
-        console.print("Lossy encodings are measured for comparison only: kvbuy never stores one.")
+        for line in LOSSY_NOTES:
+            console.print(line)
 
 
 def codec_table(found: "Measurement") -> "Table":
@@ -163,7 +169,7 @@ def egress_notes(found: "Measurement") -> list[str]:
 def lossy_table(lossy: Sequence["LossyMeasure"]) -> "Table":
     """What lossy encodings do to the answer."""
     short, long = lossy[0].tokens, lossy[0].tokens_long
-    table = plain_table("lossy", "ratio", f"equal of {short}", f"of {long}", "parts at", "KL", "max logit diff")
+    table = plain_table("lossy", "ratio", f"equal/{short}", f"/{long}", "parts", "KL", "logit diff")
     for one in lossy:
         parts = "-" if one.first_divergence is None else str(one.first_divergence)
         equal = (str(one.tokens_equal), str(one.tokens_equal_long), parts)

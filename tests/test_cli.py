@@ -278,7 +278,7 @@ def test_measure_takes_the_newest_artifact_and_needs_no_model(run: Run, precompu
     assert (facts["artifact"], facts["kv_bytes"], facts["bytes_per_token"]) == ("doc.kv.safetensors", 51200, 256)
     assert facts["lossy"] == []
     shown = run("measure")
-    assert (shown.code, shown.err) == (0, "artifact: doc.kv.safetensors\n")
+    assert (shown.code, shown.err.strip()) == (0, "artifact: doc.kv.safetensors")
     for word in ("zstd-19", "Gaussian", "K, ", "AWS*", "even/GB, list price"):
         assert word in shown.out
 
@@ -300,7 +300,7 @@ def test_measure_exits_3_for_a_damaged_artifact_and_4_for_another_model(
     ran = run("measure", "--lossy", "--model", str(save_model(tiny_llama(), seed=1)))
     assert (ran.code, ran.out) == (4, "")
     raw = bytearray(Path("doc.kv.safetensors").read_bytes())
-    raw[-300] ^= 1
+    raw[-5000] ^= 1  # in a block
     Path("doc.kv.safetensors").write_bytes(raw)
     assert run("measure", "--json").code == 3
 

@@ -41,7 +41,7 @@ def test_the_control_is_exact_and_everything_else_is_not(rows: dict[str, LossyMe
         kl=0.0,
         max_abs_logit_diff=0.0,
     )
-    assert [row.name for row in others] == ["int8 a channel", "fp8 e4m3 a tensor", "one value vector negated"]
+    assert [row.name for row in others] == ["int8 a channel", "fp8 e4m3 a tensor", "one value negated"]
     for row in others:
         assert row.kl > 0
         assert row.max_abs_logit_diff > 0
@@ -58,7 +58,7 @@ def test_ratios_count_codes_and_scales(rows: dict[str, LossyMeasure]) -> None:
     numbers, channels, tensors = 51200 // 2, 4 * 2 * 16, 4
     assert rows["int8 a channel"].ratio == (numbers + 4 * channels) / 51200
     assert rows["fp8 e4m3 a tensor"].ratio == (numbers + 4 * tensors) / 51200
-    assert rows["one value vector negated"].ratio == 1.0
+    assert rows["one value negated"].ratio == 1.0
 
 
 def test_int8_is_off_by_half_a_step_of_its_channel_at_most() -> None:
