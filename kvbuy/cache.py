@@ -197,6 +197,13 @@ def block_arrays(cache: Cache, start: int, end: int) -> list[Array]:
     return [_array(buffer[0, :, start:end]) for layer in _full_layers(cache) for buffer in layer.buffers()]
 
 
+def full_rows(cache: Cache) -> Iterator[torch.Tensor]:
+    """Keys and values of the full-attention layers, [heads, tokens, dim], in file order: views, not copies."""
+    for layer in _full_layers(cache):
+        yield layer.keys[0]
+        yield layer.values[0]
+
+
 def record_windows(cache: Cache) -> None:
     """Keep the rows that slide out of windows from now on: before the last short block, for aligned reuse."""
     for layer in cache.layers:

@@ -3,14 +3,33 @@
 import io
 import sys
 import warnings
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvbuy.options import (
+    AdapterOption,
+    ArtifactArgument,
+    CodecChoice,
+    DeviceOption,
+    Dtype,
+    JsonOption,
+    KvOption,
+    ModelOption,
+    ReuseMode,
+    ReuseOption,
+    SeedOption,
+    StopOption,
+    TemperatureOption,
+    TokensOption,
+    TopPOption,
+)
+
 if TYPE_CHECKING:
+    from kvbuy.artifact import Artifact
+    from kvbuy.lossy import LossyMeasure
     from kvbuy.reuse import Conversation
 
 app = typer.Typer(
@@ -37,43 +56,6 @@ def root(
     ] = False,
 ) -> None:
     """A document's KV cache, computed once, verified, and loaded instead of prefilled."""
-
-
-class ReuseMode(StrEnum):
-    """How to reuse a document's KV."""
-
-    CONTINUE = "continue"
-    ALIGN = "align"
-
-
-class Dtype(StrEnum):
-    """What to compute in."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
-class CodecChoice(StrEnum):
-    """How an artifact stores its KV: always lossless."""
-
-    RAW = "raw"
-    FAST = "fast"
-    DENSE = "dense"
-
-
-ModelOption = Annotated[str | None, typer.Option("--model", help="Hub id (with optional @revision) or local folder.")]
-AdapterOption = Annotated[str | None, typer.Option("--adapter", help="PEFT adapter: folder or Hub id.")]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="cuda, mps or cpu. [default: the first there is]")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-KvOption = Annotated[Path | None, typer.Option("--kv", help="Artifact. [default: the newest here]")]
-ArtifactArgument = Annotated[Path | None, typer.Argument(metavar="[ARTIFACT]", help="[default: the newest here]")]
-ReuseOption = Annotated[ReuseMode, typer.Option("--reuse", help="continue: fastest. align: as one single pass.")]
-TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")]
-TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
-TopPOption = Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Sample from this nucleus.")]
-SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")]
-StopOption = Annotated[list[str] | None, typer.Option("--stop", help="Stop before this text; may be repeated.")]
 
 
 @app.command()
@@ -340,6 +322,49 @@ def inspect(artifact: ArtifactArgument = None, json: JsonOption = False) -> None
         render.print_json(render.inspect_json(opened))
     else:
         render.print_table(render.inspect_table(opened))
+
+
+@app.command()
+def measure(
+    artifact: ArtifactArgument = None,
+    lossy: Annotated[bool, typer.Option("--lossy", help="Compare int8 and fp8 too; runs the model.")] = False,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    device: DeviceOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Weigh an artifact's KV under each codec, and price a load.
+
+    Without --lossy no model is needed. Example: kvbuy measure
+    """
+    from kvbuy import render, render_measure
+    from kvbuy.artifact import Artifact
+    from kvbuy.measure import measure
+    from kvbuy.store import find_artifact
+
+    opened = Artifact.open(find_artifact(artifact))
+    if artifact is None and not json:
+        render.say(f"artifact: {opened.path}")
+    with render.token_progress() as progress:
+        measured = measure(opened, progress=progress)
+    compared = _compare_lossy(opened, model, adapter, device) if lossy else ()
+    if json:
+        render.print_json(render_measure.measure_json(opened, measured, compared))
+    else:
+        render_measure.print_measurement(opened, measured, compared)
+
+
+def _compare_lossy(
+    artifact: "Artifact", model: str | None, adapter: str | None, device: str | None
+) -> "tuple[LossyMeasure, ...]":
+    """Run an artifact's model on lossy encodings of it."""
+    from kvbuy import render
+    from kvbuy.lossy import measure_lossy
+    from kvbuy.models import find_model_for
+
+    loaded = find_model_for(artifact.manifest, model, adapter=adapter, say=render.say).load(device)
+    with render.token_progress() as progress:
+        return measure_lossy(artifact, loaded, progress=progress)
 
 
 def main() -> None:

@@ -112,7 +112,7 @@ def precomputed_json(made: "Precomputed") -> Json:
 
 def precomputed_table(made: list["Precomputed"]) -> "Table":
     """What `precompute` made."""
-    table = _table("artifact", "tokens", "blocks", "size", "prefill", "tokens/s")
+    table = plain_table("artifact", "tokens", "blocks", "size", "prefill", "tokens/s")
     for one in made:
         facts = precomputed_json(one)
         speed = facts["tokens"] / one.prefill_seconds
@@ -130,7 +130,7 @@ def converted_json(converted: "Converted") -> Json:
 
 def converted_table(converted: "Converted") -> "Table":
     """What `convert` made."""
-    table = _table("artifact", "codec", "size", "KV", "ratio", "time")
+    table = plain_table("artifact", "codec", "size", "KV", "ratio", "time")
     facts = converted_json(converted)
     sizes = (megabytes(facts["bytes"]), megabytes(facts["kv_bytes"]), f"{facts['ratio']:.3f}")
     table.add_row(facts["artifact"], facts["codec"], *sizes, f"{converted.seconds:.1f} s")
@@ -172,7 +172,7 @@ def inspect_table(artifact: "Artifact") -> "Table":
     """What an artifact says about itself."""
     manifest, facts = artifact.manifest, inspect_json(artifact)
     document, profile, fingerprint = manifest.document, manifest.profile, manifest.fingerprint
-    table = _table("artifact", artifact.path.name)
+    table = plain_table("artifact", artifact.path.name)
     revision = f" @ {manifest.model.revision[:12]}" if manifest.model.revision else ""
     kinds = [layer.kind for layer in manifest.layers]
     sizes = f"{megabytes(facts['bytes'])}, KV {megabytes(facts['kv_bytes'])}, {facts['bytes_per_token']} bytes a token"
@@ -221,7 +221,7 @@ def verdict_json(verdict: Verdict) -> Json:
 
 def verdict_table(verdict: Verdict) -> "Table":
     """One table, one verdict."""
-    table = _table("check", "result", "")
+    table = plain_table("check", "result", "")
     match verdict:
         case Damaged():
             table.add_row("intact", "no", verdict.reason)
@@ -247,6 +247,17 @@ def verdict_table(verdict: Verdict) -> "Table":
             assert_never(verdict)
     table.add_section()
     table.add_row("verdict", verdict.name, _meaning(verdict))
+    return table
+
+
+def plain_table(*columns: str) -> "Table":
+    """An empty table of the house's look; what does not fit into a column is folded."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
     return table
 
 
@@ -298,16 +309,6 @@ def _meaning(verdict: Verdict) -> str:
             return "it belongs to another model"
         case _:
             assert_never(verdict)
-
-
-def _table(*columns: str) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
 
 
 def _finite(value: Any) -> Any:

@@ -307,6 +307,38 @@ def test_converting_to_the_same_codec_exits_2(run: Run, precomputed: Ran) -> Non
     assert "hint: " in ran.err
 
 
+def test_measure_takes_the_newest_artifact_and_needs_no_model(run: Run, precomputed: Ran) -> None:
+    facts = run("measure", "--json").json
+    assert (facts["artifact"], facts["kv_bytes"], facts["bytes_per_token"]) == ("doc.kv.safetensors", 51200, 256)
+    assert facts["lossy"] == []
+    shown = run("measure")
+    assert (shown.code, shown.err.strip()) == (0, "artifact: doc.kv.safetensors")
+    for word in ("zstd-19", "Gaussian", "K, ", "AWS*", "even/GB, list price"):
+        assert word in shown.out
+
+
+def test_measure_compares_lossy_encodings(run: Run, precomputed: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvbuy.lossy.LONG", 24)
+    facts = run("measure", "--lossy", "--model", "model", "--json").json
+    assert facts["lossy"][0]["name"] == "exact"
+    assert set(facts["lossy"][0]) >= {"name", "ratio", "tokens_equal", "tokens", "kl", "max_abs_logit_diff"}
+    shown = run("measure", "--lossy", "--model", "model")
+    assert (shown.code, "int8 a channel" in shown.out) == (0, True)
+
+
+def test_measure_exits_3_for_a_damaged_artifact_and_4_for_another_model(
+    run: Run, precomputed: Ran, save_model: Any
+) -> None:
+    from conftest import tiny_llama
+
+    ran = run("measure", "--lossy", "--model", str(save_model(tiny_llama(), seed=1)))
+    assert (ran.code, ran.out) == (4, "")
+    raw = bytearray(Path("doc.kv.safetensors").read_bytes())
+    raw[-5000] ^= 1  # in a block
+    Path("doc.kv.safetensors").write_bytes(raw)
+    assert run("measure", "--json").code == 3
+
+
 def test_no_artifact_here_says_how_to_make_one(run: Run) -> None:
     ran = run("inspect")
     assert ran.code == 1

@@ -29,6 +29,8 @@ LIGHT = [
     "render",
     "document",
     "cli",
+    "economics",
+    "render_measure",
 ]
 REPORT = f"""
 import json, sys
@@ -77,6 +79,12 @@ def test_inspect_imports_nothing_heavy(flags: list[str], tmp_path: Path) -> None
 def test_convert_imports_no_torch(tmp_path: Path) -> None:
     artifact = write_artifact(tmp_path / "doc.kv.safetensors", *handmade())
     assert heavy_after(COMMAND, "convert", str(artifact.path)) == ["numpy"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["table", "json"])
+def test_measure_imports_no_torch(flags: list[str], tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path / "doc.kv.safetensors", *handmade())
+    assert heavy_after(COMMAND, "measure", str(artifact.path), *flags) == ["numpy"]
 
 
 def test_a_heavy_import_would_be_seen() -> None:

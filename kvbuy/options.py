@@ -1,0 +1,44 @@
+"""The options and arguments that several verbs share, each described once."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class ReuseMode(StrEnum):
+    """How to reuse a document's KV."""
+
+    CONTINUE = "continue"
+    ALIGN = "align"
+
+
+class Dtype(StrEnum):
+    """What to compute in."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class CodecChoice(StrEnum):
+    """How an artifact stores its KV: always lossless."""
+
+    RAW = "raw"
+    FAST = "fast"
+    DENSE = "dense"
+
+
+ModelOption = Annotated[str | None, typer.Option("--model", help="Hub id (with optional @revision) or local folder.")]
+AdapterOption = Annotated[str | None, typer.Option("--adapter", help="PEFT adapter: folder or Hub id.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cuda, mps or cpu. [default: the first there is]")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+KvOption = Annotated[Path | None, typer.Option("--kv", help="Artifact. [default: the newest here]")]
+ArtifactArgument = Annotated[Path | None, typer.Argument(metavar="[ARTIFACT]", help="[default: the newest here]")]
+ReuseOption = Annotated[ReuseMode, typer.Option("--reuse", help="continue: fastest. align: as one single pass.")]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")]
+TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
+TopPOption = Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Sample from this nucleus.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")]
+StopOption = Annotated[list[str] | None, typer.Option("--stop", help="Stop before this text; may be repeated.")]
