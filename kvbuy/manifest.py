@@ -212,6 +212,8 @@ class Manifest(Part):
             largest = [size + size // 1000 + PIECE_ROOM for size in self.decoded_sizes()]
             if len(self.codec.sizes) != len(largest):
                 raise ValueError(f"{len(self.codec.sizes)} sizes for {len(largest)} blocks and state tensors")
+            if any(bool(size) != bool(full) for size, full in zip(self.codec.sizes, self.decoded_sizes(), strict=True)):
+                raise ValueError("a piece has no bytes just where it decodes to none")
             for index, (size, limit) in enumerate(zip(self.codec.sizes, largest, strict=True)):
                 if size > limit:
                     raise ValueError(f"encoded piece {index} has {size} bytes, more than the {limit} it may have")

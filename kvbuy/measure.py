@@ -16,7 +16,7 @@ from kvbuy.bounds import Bound, measure_bounds
 from kvbuy.codec import Coder, codec_part, open_coder
 from kvbuy.codec.arrays import Array
 from kvbuy.codec.baseline import baselines
-from kvbuy.errors import PackError, UsageError
+from kvbuy.errors import UsageError
 from kvbuy.parts import CodecName
 from kvbuy.reader import Reader
 
@@ -107,9 +107,9 @@ def find_coders(artifact: Artifact) -> tuple[dict[str, Coder], tuple[Absent, ...
     names: tuple[CodecName, ...] = ("fast", "dense")
     for name in names:
         try:
-            part = codec_part(name, manifest.decoded_sizes(), fingerprint=manifest.fingerprint)
+            part = codec_part(name, manifest.decoded_sizes())
             coders[name] = open_coder(manifest.with_codec(part), artifact.read_tokens())
-        except (PackError, UsageError) as error:
+        except UsageError as error:
             absent.append(Absent(name, error.hint or error.message))
     return coders, tuple(absent)
 

@@ -45,7 +45,7 @@ class FastCodec(Part):
     """The codec of `kvbuy.codec.fast`; `sizes` are the encoded bytes of every block, then of every state tensor."""
 
     name: Literal["fast"]
-    sizes: tuple[Positive, ...]
+    sizes: tuple[Count, ...]
 
 
 class DenseCodec(Part):
@@ -53,7 +53,7 @@ class DenseCodec(Part):
 
     name: Literal["dense"]
     pack: Digest
-    sizes: tuple[Positive, ...]
+    sizes: tuple[Count, ...]
 
 
 def _codec_tag(value: Any) -> Any:

@@ -70,14 +70,13 @@ def precompute(
     Raises:
         DocumentError: too long for the model, or its chat template cannot hold it.
         UnsupportedCache: the model's cache cannot be stored.
-        UsageError: no block can have `block_size` tokens, or what `codec` needs is not installed.
-        PackError: "dense", and the model has no pack here.
+        UsageError: no block can have `block_size` tokens, or this kvbuy cannot write `codec`.
         ExistsError, StoreError: `out` cannot be written; nothing is left behind.
     """
     out = Path(out)
     refuse_block_size(block_size)
     refuse_unwritable(out, force=force)
-    codec_part(codec, (), fingerprint=model.fingerprint)  # refused before the long prefill
+    codec_part(codec, ())  # refused before the long prefill
     document = encode_document(model.tokenizer, text, name=name, chat=chat)
     probe = CHAT_PROBE if chat else PROBE
     prompt = encode_prompt(model.tokenizer, probe, document_text=document.text, chat=chat)

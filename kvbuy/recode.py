@@ -29,8 +29,7 @@ def convert(
     Every digest is checked while reading, and what is written has been decoded again and compared.
 
     Raises:
-        UsageError: it has that codec already, or what a codec needs is not installed.
-        PackError: the model has no pack here, or not the one that the artifact needs.
+        UsageError: it has that codec already, or this kvbuy lacks one of the codecs.
         DamagedError: the artifact is not intact.
         ExistsError, StoreError: `out` cannot be written; nothing is left behind.
     """
@@ -38,7 +37,7 @@ def convert(
     opened = artifact if isinstance(artifact, Artifact) else Artifact.open(Path(artifact))
     if opened.manifest.codec_name == codec:
         raise UsageError(f"{opened.path} has the codec {codec} already", hint="use it as it is, or name another codec")
-    codec_part(codec, (), fingerprint=opened.manifest.fingerprint)  # refused before anything is read
+    codec_part(codec, ())  # refused before anything is read
     path = name_converted(opened.path, codec) if out is None else Path(out)
     refuse_unwritable(path, force=force)
     written = write_contents(

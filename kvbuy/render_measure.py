@@ -149,13 +149,13 @@ def egress_table(found: "Measurement") -> "Table":
     table.add_section()
     for basis in PREFILL_PRICES:
         evens = (dollars(_break_even(found, codec, basis)) for codec in found.codecs)
-        table.add_row(f"even/GB, {basis.name}", "", *evens)
+        table.add_row(f"even, {basis.name}", "", *evens)
     return table
 
 
 def egress_notes(found: "Measurement") -> list[str]:
     """Where the prices come from, and what break-even means."""
-    notes = [f"even/GB: below that price of a GB, shipping is cheaper than a prefill of {found.tokens} tokens at"]
+    notes = [f"even: below that price of a GB, shipping is cheaper than a prefill of {found.tokens} tokens at"]
     for basis in PREFILL_PRICES:
         usd = f"{dollars(prefill_usd(found.tokens, basis))} ({dollars(basis.usd_per_million_tokens)} a million tokens)"
         notes.append(f"  {basis.name}: {usd}; {basis.basis}")

@@ -34,7 +34,7 @@ def write_contents(
     tensors, `side` those of `tokens` and `text`.
 
     Raises:
-        UsageError, PackError: the codec cannot be written here.
+        UsageError: this kvbuy cannot write the codec.
         ExistsError, StoreError: `path` cannot be written; nothing is left behind.
     """
     if codec == "raw":
@@ -47,7 +47,7 @@ def write_contents(
             for piece in chain(_encode_blocks(manifest, codec, blocks, side[0]), _encode_state(manifest, state)):
                 sizes.append(spool.write(piece))
             spool.seek(0)
-            coded = manifest.with_codec(codec_part(codec, sizes, fingerprint=manifest.fingerprint))
+            coded = manifest.with_codec(codec_part(codec, sizes))
             return write_artifact(path, coded, chain(_chunks(spool), side), force=force)
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror}") from error
@@ -57,9 +57,7 @@ def _encode_blocks(
     manifest: Manifest, codec: CodecName, blocks: Iterable[Sequence[Array]], raw_tokens: bytes
 ) -> Iterator[bytes]:
     """The blocks' encoded bytes, each decoded again by a second coder and held against the block's digest."""
-    planned = manifest.with_codec(
-        codec_part(codec, manifest.decoded_sizes(), fingerprint=manifest.fingerprint)
-    )  # what they are is not known yet
+    planned = manifest.with_codec(codec_part(codec, manifest.decoded_sizes()))  # what they are is not known yet
     tokens = struct.unpack(f"<{len(raw_tokens) // 4}i", raw_tokens)
     encoder, decoder = open_coder(planned, tokens), open_coder(planned, tokens)
 

@@ -134,7 +134,11 @@ UNLAWFUL |= {
     "dense without a pack": ("codec", FAST | {"name": "dense"}, r"at codec\.dense\.pack: Field required"),
     "an encoded size missing": ("codec", FAST | {"sizes": SIZES[:-1]}, "6 sizes for 7 blocks and state tensors"),
     "an encoded size too many": ("codec", FAST | {"sizes": [*SIZES, 1]}, "8 sizes for 7 blocks and state tensors"),
-    "an encoded size of zero": ("codec", FAST | {"sizes": [0, *SIZES[1:]]}, "greater than or equal to 1"),
+    "an encoded size of zero": (
+        "codec",
+        FAST | {"sizes": [0, *SIZES[1:]]},
+        "a piece has no bytes just where it decodes to none",
+    ),
     "an encoded size of petabytes": ("codec", FAST | {"sizes": [2**47, *SIZES[1:]]}, "more than the 160 it may have"),
     "an encoded state that grows": ("codec", DENSE | {"sizes": [*SIZES[:-1], 75]}, "more than the 74 it may have"),
 }

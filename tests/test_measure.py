@@ -62,7 +62,7 @@ def test_a_damaged_block_is_not_measured(made: Precomputed) -> None:
 def test_an_artifact_is_weighed_under_every_baseline(made: Precomputed) -> None:
     found = measure(made.artifact)
     assert (found.kv_bytes, found.state_bytes, found.tokens, found.bytes_per_token) == (51200, 0, 200, 256)
-    assert [codec.name for codec in found.codecs] == ["raw", "zstd-1", "zstd-3", "zstd-19"]
+    assert [codec.name for codec in found.codecs] == ["raw", "zstd-1", "zstd-3", "zstd-19", "fast"]
     assert found.codecs[0].ratio == 1.0
     for codec in found.codecs:
         assert (codec.lossless, codec.sampled, len(codec.layers)) == (True, False, 2)
@@ -239,5 +239,5 @@ def test_the_picture_fits_the_terminal(made: Precomputed) -> None:
 
 def test_a_codec_that_is_not_here_says_what_to_do(made: Precomputed) -> None:
     found = replace(measure(made.artifact), absent=(Absent("dense", "fetch its pack"),))
-    assert codec_table(found).row_count == 5
+    assert codec_table(found).row_count == 6
     assert codec_notes(found)[-1] == "dense: not measured; fetch its pack"

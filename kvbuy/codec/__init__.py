@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, assert_never
 
 from kvbuy.errors import UsageError
-from kvbuy.manifest import Fingerprint, Manifest
-from kvbuy.parts import Codec, CodecName, DenseCodec, FastCodec
+from kvbuy.manifest import Manifest
+from kvbuy.parts import Codec, CodecName, FastCodec
 
 if TYPE_CHECKING:
     from kvbuy.codec.arrays import Array as Array
@@ -41,8 +41,7 @@ def open_coder(manifest: Manifest, tokens: Sequence[int]) -> Coder:
     """The coder of a coded artifact; `tokens` are the document's token ids.
 
     Raises:
-        UsageError: the artifact is raw, or what its codec needs is not installed.
-        PackError: its pack is not here.
+        UsageError: the artifact is raw, or this kvbuy lacks its codec.
     """
     match manifest.codec_name:
         case "raw":
@@ -52,19 +51,16 @@ def open_coder(manifest: Manifest, tokens: Sequence[int]) -> Coder:
 
             return FastCoder()
         case "dense":
-            from kvbuy.codec.load import open_dense
-
-            return open_dense(manifest, tokens)
+            raise UsageError("this kvbuy cannot read the codec dense yet", hint="pip install -U kvbuy")
         case name:
             assert_never(name)
 
 
-def codec_part(name: CodecName, sizes: Sequence[int], *, fingerprint: Fingerprint) -> Codec:
+def codec_part(name: CodecName, sizes: Sequence[int]) -> Codec:
     """The manifest's `codec` for a codec's name and its encoded sizes.
 
     Raises:
-        PackError: "dense", and there is no pack for the model with this fingerprint.
-        UsageError: "dense", and what it needs is not installed.
+        UsageError: this kvbuy cannot write the codec.
     """
     match name:
         case "raw":
@@ -72,8 +68,6 @@ def codec_part(name: CodecName, sizes: Sequence[int], *, fingerprint: Fingerprin
         case "fast":
             return FastCodec(name="fast", sizes=tuple(sizes))
         case "dense":
-            from kvbuy.codec.load import require_pack
-
-            return DenseCodec(name="dense", pack=require_pack(fingerprint).digest, sizes=tuple(sizes))
+            raise UsageError("this kvbuy cannot write the codec dense yet", hint="give --codec fast")
         case _:
             assert_never(name)
