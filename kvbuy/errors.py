@@ -7,6 +7,7 @@
     |   +-- UnsupportedCache   exit 1   its cache holds something that an artifact cannot store
     +-- StoreError             exit 1   a file cannot be found, read or written
     |   +-- ExistsError        exit 1   it is there already
+    |   +-- PackError          exit 1   the pack that decodes an artifact is not here
     +-- DamagedError           exit 3   the artifact breaks the format law or a digest
     +-- MisfitError            exit 4   the artifact belongs to another model
 
@@ -60,6 +61,10 @@ class StoreError(KvbuyError):
 
 class ExistsError(StoreError):
     """The file to be written is there already."""
+
+
+class PackError(StoreError):
+    """The pack that an artifact's codec needs is not here."""
 
 
 class DamagedError(KvbuyError):

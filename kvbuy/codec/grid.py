@@ -1,0 +1,104 @@
+"""The grid: what a float means to the integer arithmetic of `dense`. Knows no model, no stream.
+
+A float of any format is an ordered integer, its **code**: `s >= 0` for the bit patterns of positive floats in order,
+and `-1 - b` for the negative float with magnitude bits `b`. Codes and floats have the same order; -0 is -1, NaNs lie
+outside the infinities, so every bit pattern is a code. A code's **cell** is the interval of reals that round to it.
+Cells meet in **edges**: halfway between neighbours, or at the code itself where a format is cut off rather than
+rounded.
+
+Values and edges are 64-bit integers in fixed point. `origin` says which: it is the exponent field at which a mantissa
+with one bit more than the format's is taken as it stands; above it is shifted left, below it right. Magnitudes
+saturate at 2**30. Both maps are monotone, which is all that the coder needs; what is finer than the fixed point
+shares its edges.
+
+float32 is cut into its upper 16 bits, which are coded like a bfloat16, and its lower 16, which are noise and stay raw.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from kvbuy.manifest import FloatType
+
+Codes = npt.NDArray[np.int32]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compiled(function: Function) -> Function:
+    """Compile a function of integers. (Its floats are integers below 2**24: sums in any order are the same.)"""
+    compiler: Callable[[Function], Function] = numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc"})
+    return compiler(function)
+
+
+def inlined(function: Function) -> Function:
+    """Compile a function into its callers."""
+    compiler: Callable[[Function], Function] = numba.njit(inline="always")
+    return compiler(function)
+
+
+class Format(NamedTuple):
+    """A 16-bit grid: mantissa bits, 1 where cells are centred on their code (0: they begin there), exponent bias.
+
+    `zone` is how many octaves below the scale of a residual the codes get too fine for 16-bit probabilities.
+    """
+
+    mantissa: int
+    centred: int
+    bias: int
+    zone: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How tensors of a dtype become codes: its format, and how many low bits of each number stay raw."""
+
+    format: Format
+    raw_bits: int
+
+
+GRIDS: dict[FloatType, Grid] = {
+    "BF16": Grid(Format(mantissa=7, centred=1, bias=127, zone=6), raw_bits=0),
+    "F16": Grid(Format(mantissa=10, centred=1, bias=15, zone=3), raw_bits=0),
+    "F32": Grid(Format(mantissa=7, centred=0, bias=127, zone=6), raw_bits=16),
+}
+
+
+def to_codes(bits: npt.NDArray[Any], grid: Grid) -> Codes:
+    """The codes of bit patterns (unsigned integers of any shape)."""
+    upper = (bits >> grid.raw_bits).astype(np.int32)
+    return np.where(upper < 32768, upper, 32767 - upper).astype(np.int32)
+
+
+def from_codes(codes: Codes, grid: Grid) -> npt.NDArray[Any]:
+    """The bit patterns of codes; low raw bits are zero."""
+    upper = np.where(codes >= 0, codes, 32767 - codes)
+    return upper.astype(np.uint16) if not grid.raw_bits else upper.astype(np.uint32) << np.uint32(grid.raw_bits)
+
+
+@inlined
+def magnitude(half_code: int, bits: int, origin: int) -> int:
+    """The fixed point of a magnitude code with one mantissa bit more, `bits` in all."""
+    field = half_code >> bits
+    mantissa = np.uint64(half_code & ((1 << bits) - 1)) + (np.uint64(min(field, 1)) << np.uint64(bits))
+    shift = max(field, 1) - origin
+    left = np.uint64(min(max(shift, 0), 29 - bits))
+    right = np.uint64(min(max(-shift, 0), 31))
+    return np.int64((mantissa << left) >> right) if shift <= 29 - bits else np.int64(1 << 30)
+
+
+@inlined
+def edge(code: int, form: Format, origin: int) -> int:
+    """The lower edge of a code's cell; the upper one is the next code's lower edge."""
+    size = magnitude(max(2 * abs(code) - form.centred, 0), form.mantissa + 1, origin)
+    return size if code >= 0 else -size
+
+
+@inlined
+def centre(code: int, form: Format, origin: int) -> int:
+    """The middle of a code's cell: the value that prediction works with."""
+    size = magnitude(2 * (code if code >= 0 else -1 - code) + 1 - form.centred, form.mantissa + 1, origin)
+    return size if code >= 0 else -size

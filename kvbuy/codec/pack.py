@@ -1,0 +1,246 @@
+"""Packs: what `dense` knows of a model. Fitted once, named by digest, shared by all artifacts of that model.
+
+A pack is a safetensors file of integers. Its metadata holds one key, `kvbuy_pack`: canonical JSON of `PackFacts`. For
+each full-attention layer N, with C channels in coding order (pairs of channels, keys first):
+
+    layer.N.pairs     I32 [C/2, 3]      the two channels of a pair, keys [heads, dim] first, then values; their row of
+                                        the rotation, one past the last where they do not turn
+    layer.N.weights   I8  [C, F + C]    what features say: F of the layers below, nearest first, then the layer's own
+                                        (zero from the pair itself on)
+    layer.N.channels  I32 [C, 5]        mean and offset in fixed point; feature, weight and memory shift
+    layer.N.origin    I16 [C/2]         the exponent field at which a pair's fixed point stands
+    layer.N.classes   U8  [C/2, 2, 64]  the expected scale by squared cosine
+    layer.N.repeats   I16 [2, 7, 2]     for keys and values, by a repeat's order: gain in 64ths, change of class
+
+and for all of them: `known` U8 [C/2, 2, 64], the scale at which a token repeats itself in a first layer that depends
+on the token alone; `distributions` I32 [2, 1025] for keys and values; `energy` I16 [512], the change of class by a
+token's energy; `rotation.coarse` I32 [rows, frequencies, 2] and `rotation.fine` I32 [64, frequencies, 2], cosines and
+sines over 2**30 of the angles of 64 r and r tokens. `kvbuy.codec.walk` and `kvbuy.codec.column` say what is done with
+them.
+
+A pack decides how an artifact is decoded, not what is accepted: that is the block digest's work. Its shapes and ranges
+are checked when it is opened, so that arithmetic stays within 64 bits and feature sums below 2**24.
+"""
+
+import hashlib
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
+
+from kvbuy.errors import DamagedError, PackError, StoreError
+from kvbuy.manifest import Digest, FloatType, Label, Part
+from kvbuy.store import cache_folder
+
+SUFFIX = ".pack.safetensors"
+KEY = "kvbuy_pack"
+TAIL = 65536 - 128
+LONGEST = 2048 * 64  # tokens that the rotation reaches
+TYPES = {"I8": np.int8, "U8": np.uint8, "I16": np.int16, "I32": np.int32}
+
+Tensor = npt.NDArray[Any]
+
+
+class PackLayer(Part):
+    """The shape of a full-attention layer."""
+
+    heads: Annotated[int, Field(ge=1, lt=2**16)]
+    key_dim: Annotated[int, Field(ge=1, lt=2**16)]
+    value_dim: Annotated[int, Field(ge=1, lt=2**16)]
+
+    @property
+    def channels(self) -> int:
+        """Numbers a token has in the layer."""
+        return self.heads * (self.key_dim + self.value_dim)
+
+
+class PackFacts(Part):
+    """What a pack says of itself. `depth`: how many layers below predict one; `alone`: the first sees no context."""
+
+    format: Literal["kvbuy pack"]
+    version: Literal[1]
+    producer: Label
+    model: Label
+    fingerprint: Digest
+    dtype: FloatType
+    layers: Annotated[tuple[PackLayer, ...], Field(min_length=1, max_length=10_000)]
+    depth: Annotated[int, Field(ge=0, le=16)]
+    frequencies: Annotated[int, Field(ge=0, lt=2**16)]
+    alone: bool
+    tokens: Annotated[int, Field(ge=1, lt=2**48)]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """An opened pack."""
+
+    facts: PackFacts
+    tensors: Mapping[str, Tensor]
+    digest: str
+    size: int
+
+    def layer(self, index: int, name: str) -> Tensor:
+        """A layer's tensor."""
+        return self.tensors[f"layer.{index}.{name}"]
+
+
+def pack_folder() -> Path:
+    """Where packs live."""
+    return cache_folder() / "packs"
+
+
+def find_pack(digest: str) -> Pack:
+    """The pack with a digest, from the store.
+
+    Raises:
+        PackError: it is not there.
+        DamagedError: it is there, and is not what its name says.
+    """
+    path = pack_folder() / f"{digest}{SUFFIX}"
+    if not path.is_file():
+        raise PackError(
+            f"this artifact is decoded with the pack {digest[:12]}..., which is not here",
+            hint=f"get it from the publisher and run: kvbuy pack add FILE (or put it at {path})",
+        )
+    pack = open_pack(path)
+    if pack.digest != digest:
+        raise DamagedError(f"{path} is not the pack that its name says", hint="remove it, and get it again")
+    return pack
+
+
+def find_pack_for(fingerprint: str) -> Pack | None:
+    """The newest pack in the store that belongs to a fingerprint (its SHA-256), if there is one."""
+    found = sorted(pack_folder().glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in found:
+        pack = open_pack(path)
+        if pack.facts.fingerprint == fingerprint:
+            return pack
+    return None
+
+
+def make_pack(facts: PackFacts, tensors: Mapping[str, Tensor]) -> tuple[Pack, bytes]:
+    """A pack and its file's bytes."""
+    raw = save(dict(tensors), metadata={KEY: facts.canonical().decode()})
+    return parse_pack(raw), raw
+
+
+def add_pack(raw: bytes) -> Path:
+    """Put a pack's bytes into the store; returns where it lies.
+
+    Raises:
+        DamagedError: it is no pack.
+        StoreError: it cannot be written.
+    """
+    digest = parse_pack(raw).digest
+    folder = pack_folder()
+    path = folder / f"{digest}{SUFFIX}"
+    temporary = folder / f".kvbuy-{secrets.token_hex(8)}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(raw)
+        temporary.replace(path)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def open_pack(path: Path) -> Pack:
+    """Read a pack from a file (StoreError where it cannot be read, DamagedError where it is none)."""
+    try:
+        return parse_pack(path.read_bytes())
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror}") from error
+    except DamagedError as error:
+        error.message = f"{path.name}: {error.message}"
+        raise
+
+
+def parse_pack(raw: bytes) -> Pack:
+    """Parse a pack strictly.
+
+    Raises:
+        DamagedError: it breaks the layout above, or a number is out of its range.
+    """
+    try:
+        header = int.from_bytes(raw[:8], "little")
+        entries = dict(deserialize(raw))
+        facts = PackFacts.model_validate_json(_metadata(raw[8 : 8 + header]))
+        tensors = {
+            name: np.frombuffer(entry["data"], TYPES[entry["dtype"]]).reshape(entry["shape"])
+            for name, entry in entries.items()
+        }
+    except (SafetensorError, ValidationError, ValueError, KeyError) as error:
+        raise DamagedError(f"this is no kvbuy pack: {str(error).splitlines()[0][:200]}") from error
+    pack = Pack(facts=facts, tensors=tensors, digest=hashlib.sha256(raw).hexdigest(), size=len(raw))
+    _check(pack)
+    return pack
+
+
+def _metadata(header: bytes) -> str:
+    import json
+
+    return str(json.loads(header)["__metadata__"][KEY])
+
+
+def _check(pack: Pack) -> None:
+    facts, tensors = pack.facts, pack.tensors
+    pairs = facts.layers[0].channels // 2
+    wanted: dict[str, tuple[Any, tuple[int, ...]]] = {
+        "known": (np.uint8, (pairs, 2, 64)),
+        "distributions": (np.int32, (2, 1025)),
+        "energy": (np.int16, (512,)),
+        "rotation.coarse": (np.int32, (LONGEST // 64, facts.frequencies, 2)),
+        "rotation.fine": (np.int32, (64, facts.frequencies, 2)),
+    }
+    for index, layer in enumerate(facts.layers):
+        count = layer.channels
+        below = sum(lower.channels for lower in facts.layers[max(0, index - facts.depth) : index])
+        wanted |= {
+            f"layer.{index}.pairs": (np.int32, (count // 2, 3)),
+            f"layer.{index}.weights": (np.int8, (count, below + count)),
+            f"layer.{index}.channels": (np.int32, (count, 5)),
+            f"layer.{index}.origin": (np.int16, (count // 2,)),
+            f"layer.{index}.classes": (np.uint8, (count // 2, 2, 64)),
+            f"layer.{index}.repeats": (np.int16, (2, 7, 2)),
+        }
+    found = {name: (tensor.dtype.type, tensor.shape) for name, tensor in tensors.items()}
+    if found != wanted:
+        odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        raise DamagedError(f"the pack's tensor {odd[0][:80]!r} is missing, unknown or has another shape")
+    steps = np.diff(tensors["distributions"], axis=1)
+    _demand((steps >= 0).all() and (tensors["distributions"][:, [0, -1]] == (0, TAIL)).all(), "distributions")
+    _demand((np.abs(tensors["energy"]) <= 64).all(), "energy")
+    for index in range(len(facts.layers)):
+        _check_layer(pack, index)
+
+
+def _check_layer(pack: Pack, index: int) -> None:
+    facts = pack.facts
+    pairs, weights, channels = (pack.layer(index, name) for name in ("pairs", "weights", "channels"))
+    count = facts.layers[index].channels
+    _demand((np.sort(pairs[:, :2].ravel()) == np.arange(count)).all(), "pairs")
+    _demand(((pairs[:, 2] >= 0) & (pairs[:, 2] <= facts.frequencies)).all(), "pairs")
+    _demand((np.abs(weights.astype(np.int32)).sum(axis=1) * 127 < 2**24).all(), "weights")
+    chain = weights[:, -count:].reshape(count // 2, 2, count // 2, 2)
+    later = np.triu(np.ones((count // 2, count // 2), bool))
+    _demand(not chain.transpose(0, 2, 1, 3)[later].any(), "weights")
+    _demand(((channels[:, 2] >= 0) & (channels[:, 2] <= 31)).all(), "channels")
+    _demand((np.abs(channels[:, 3]) <= 20).all(), "channels")
+    _demand(((channels[:, 4] >= 0) & (channels[:, 4] <= 24)).all(), "channels")
+    _demand((np.abs(pack.layer(index, "origin").astype(np.int32)) <= 1024).all(), "origin")
+    _demand((pack.layer(index, "classes") <= 144).all(), "classes")
+    _demand((np.abs(pack.layer(index, "repeats").astype(np.int32)) <= 64).all(), "repeats")
+
+
+def _demand(holds: Any, what: str) -> None:
+    if not holds:
+        raise DamagedError(f"the pack's {what} are out of range")
