@@ -70,7 +70,7 @@ def precompute(
     device: DeviceOption = None,
     dtype: Annotated[Dtype | None, typer.Option("--dtype", help="[default: the model's own]")] = None,
     block_size: Annotated[int, typer.Option("--block-size", help="Tokens a block; a multiple of 16.")] = 512,
-    codec: Annotated[CodecChoice, typer.Option("--codec", help="Lossless: raw, fast, or dense.")] = CodecChoice.RAW,
+    codec: Annotated[CodecChoice, typer.Option("--codec", help="Lossless: raw or fast.")] = CodecChoice.RAW,
     force: Annotated[bool, typer.Option("--force", help="Replace existing artifacts.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -120,7 +120,7 @@ def precompute(
 @app.command()
 def convert(
     artifact: ArtifactArgument = None,
-    codec: Annotated[CodecChoice, typer.Option("--codec", help="Lossless: raw, fast, or dense.")] = CodecChoice.FAST,
+    codec: Annotated[CodecChoice, typer.Option("--codec", help="Lossless: raw or fast.")] = CodecChoice.FAST,
     out: Annotated[Path | None, typer.Option("--out", help="[default: NAME.CODEC.kv.safetensors beside it]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
     json: JsonOption = False,

@@ -110,7 +110,7 @@ def find_coders(artifact: Artifact) -> tuple[dict[str, Coder], tuple[Absent, ...
             part = codec_part(name, manifest.decoded_sizes())
             coders[name] = open_coder(manifest.with_codec(part), artifact.read_tokens())
         except UsageError as error:
-            absent.append(Absent(name, error.hint or error.message))
+            absent.append(Absent(name, error.message))
     return coders, tuple(absent)
 
 

@@ -27,7 +27,6 @@ class CodecChoice(StrEnum):
 
     RAW = "raw"
     FAST = "fast"
-    DENSE = "dense"
 
 
 ModelOption = Annotated[str | None, typer.Option("--model", help="Hub id (with optional @revision) or local folder.")]

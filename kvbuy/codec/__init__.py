@@ -51,7 +51,7 @@ def open_coder(manifest: Manifest, tokens: Sequence[int]) -> Coder:
 
             return FastCoder()
         case "dense":
-            raise UsageError("this kvbuy cannot read the codec dense yet", hint="pip install -U kvbuy")
+            raise UsageError("this kvbuy cannot read the codec dense")
         case name:
             assert_never(name)
 
@@ -68,6 +68,6 @@ def codec_part(name: CodecName, sizes: Sequence[int]) -> Codec:
         case "fast":
             return FastCodec(name="fast", sizes=tuple(sizes))
         case "dense":
-            raise UsageError("this kvbuy cannot write the codec dense yet", hint="give --codec fast")
+            raise UsageError("this kvbuy cannot write the codec dense", hint="take fast")
         case _:
             assert_never(name)

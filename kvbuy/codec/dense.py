@@ -28,7 +28,7 @@ from kvbuy.codec import Encoded
 from kvbuy.codec.arrays import Array
 from kvbuy.codec.column import AT_ONCE, CLASSES, RECIPROCALS, TAIL, WIDER, Lanes, Symbols, Tables, write_rows
 from kvbuy.codec.fast import decode_tensors, encode_tensors
-from kvbuy.codec.grid import GRIDS, Codes, from_codes, to_codes
+from kvbuy.codec.grid import GRIDS, Codes, Format, from_codes, to_codes
 from kvbuy.codec.pack import LONGEST, Pack
 from kvbuy.codec.repeats import cut_tiles, find_repeats
 from kvbuy.codec.walk import STEADY, TURN, Floats, Layer, Memory, Pair, Tokens, Turns, decode_tile, record_tile
@@ -45,7 +45,7 @@ class Step:
     start: int
     end: int
     features: Floats
-    arguments: tuple[Any, ...]
+    arguments: tuple[int, Floats, Floats, Layer, Turns, Tokens, Memory, Tables, Format, Pair]
 
 
 class DenseCoder:
@@ -85,11 +85,12 @@ class DenseCoder:
             DamagedError: the data cannot be a block's, or a block before it was damaged.
         """
         try:
-            if data[:1] == b"\x00":
+            mode = data[0] if len(data) else -1
+            if mode == 0:
                 decode_tensors(data[1:], tensors)
                 upper, _ = self._split(tensors)
                 self._record(index, upper, Symbols(*(np.empty(upper.shape, np.uint16) for _ in range(4))))
-            elif data[:1] == b"\x01":
+            elif mode == 1:
                 self._decode(index, data[1:], tensors)
             else:
                 raise DamagedError("a dense block has an unknown mode")
@@ -314,10 +315,14 @@ def _rising(table: Integers, steps: Integers) -> tuple[Integers, Integers]:
 
 
 def _scratch(count: int) -> Pair:
-    return Pair(*(np.zeros((2, count), np.int64) for _ in range(4)), np.zeros((2, count), np.int32))
+    def numbers() -> Integers:
+        return np.zeros((2, count), np.int64)
+
+    codes = np.zeros((2, count), np.int32)
+    return Pair(plain=numbers(), prediction=numbers(), classes=numbers(), values=numbers(), codes=codes)
 
 
 def _lanes(states: npt.NDArray[np.uint32], words: npt.NDArray[np.uint16], read: Integers) -> Lanes:
-    count = len(states)
-    floats = np.zeros(count, np.float32)
-    return Lanes(states, words, read, *(np.zeros(count, np.int64) for _ in range(3)), floats, floats.view(np.int32))
+    low, high, kind = (np.zeros(len(states), np.int64) for _ in range(3))
+    floats = np.zeros(len(states), np.float32)
+    return Lanes(states, words, read, low, high, kind, floats, floats.view(np.int32))

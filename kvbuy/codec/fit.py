@@ -89,7 +89,11 @@ class Fit:
 
     def finish(self, held_back: Sequence[Sample]) -> dict[str, npt.NDArray[Any]]:
         """The pack's tensors; `held_back` are samples that were not observed (their values are the scales')."""
-        tensors = {"distributions": _distributions(), "energy": _energy(), **_rotation(self.angles)}
+        tensors: dict[str, npt.NDArray[Any]] = {
+            "distributions": _distributions(),
+            "energy": _energy(),
+            **_rotation(self.angles),
+        }
         drafts = [self._draft(index) for index in range(len(self.pairs))]
         tuning = Tuning(self, held_back)
         for index, draft in enumerate(drafts):

@@ -23,6 +23,7 @@ are checked when it is opened, so that arithmetic stays within 64 bits and featu
 """
 
 import hashlib
+import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,18 +33,17 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field, ValidationError
-from safetensors import SafetensorError, deserialize
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from kvbuy.errors import DamagedError, PackError, StoreError
-from kvbuy.manifest import Digest, FloatType, Label, Part
+from kvbuy.parts import Digest, FloatType, Label, Part
 from kvbuy.store import cache_folder
 
 SUFFIX = ".pack.safetensors"
 KEY = "kvbuy_pack"
 TAIL = 65536 - 128
 LONGEST = 2048 * 64  # tokens that the rotation reaches
-TYPES = {"I8": np.int8, "U8": np.uint8, "I16": np.int16, "I32": np.int32}
 
 Tensor = npt.NDArray[Any]
 
@@ -172,12 +172,8 @@ def parse_pack(raw: bytes) -> Pack:
     """
     try:
         header = int.from_bytes(raw[:8], "little")
-        entries = dict(deserialize(raw))
+        tensors = load(raw)
         facts = PackFacts.model_validate_json(_metadata(raw[8 : 8 + header]))
-        tensors = {
-            name: np.frombuffer(entry["data"], TYPES[entry["dtype"]]).reshape(entry["shape"])
-            for name, entry in entries.items()
-        }
     except (SafetensorError, ValidationError, ValueError, KeyError) as error:
         raise DamagedError(f"this is no kvbuy pack: {str(error).splitlines()[0][:200]}") from error
     pack = Pack(facts=facts, tensors=tensors, digest=hashlib.sha256(raw).hexdigest(), size=len(raw))
@@ -186,8 +182,6 @@ def parse_pack(raw: bytes) -> Pack:
 
 
 def _metadata(header: bytes) -> str:
-    import json
-
     return str(json.loads(header)["__metadata__"][KEY])
 
 

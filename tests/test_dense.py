@@ -1,0 +1,153 @@
+"""The codec `dense`, coder and fit: bit for bit, whatever the bits. No verb uses it yet."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from kvbuy.codec.arrays import Array
+from kvbuy.codec.dense import DenseCoder
+from kvbuy.codec.fit import Fit, Rotation, Sample
+from kvbuy.codec.pack import Pack, PackFacts, PackLayer, make_pack, parse_pack
+from kvbuy.errors import DamagedError
+from kvbuy.parts import FloatType
+
+DTYPES: tuple[FloatType, ...] = ("BF16", "F16", "F32")
+LAYERS, HEADS, DIM, BLOCK = 3, 2, 8, 160  # a block is a tile and a short one
+ANGLES = 0.1 ** np.arange(DIM // 2)
+
+
+def bits_of(numbers: Array, dtype: FloatType) -> Array:
+    match dtype:
+        case "BF16":
+            return (numbers.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        case "F16":
+            return numbers.astype(np.float16).view(np.uint16)
+        case "F32":
+            return numbers.astype(np.float32).view(np.uint32)
+
+
+def make_sample(tokens: int, dtype: FloatType, *, seed: int) -> Sample:
+    """KV with something to predict: keys that turn, values of their keys, layers of the layers below."""
+    random = np.random.default_rng(seed)
+    ids = tuple(int(one) for one in random.integers(0, 20, tokens))
+    below = np.random.default_rng(0).normal(size=(20, HEADS, DIM))[list(ids)].transpose(1, 0, 2)
+    turn = np.arange(tokens)[:, None] * ANGLES
+    tensors = []
+    for _ in range(LAYERS):
+        a, b = below[..., : DIM // 2], below[..., DIM // 2 :]
+        key = np.concatenate([a * np.cos(turn) - b * np.sin(turn), b * np.cos(turn) + a * np.sin(turn)], axis=-1)
+        tensors += [bits_of(key, dtype), bits_of(below[..., ::-1] * 0.5 + 0.1, dtype)]
+        below = below + random.normal(size=below.shape) * 0.05
+    return Sample(ids, tensors)
+
+
+def make_facts(dtype: FloatType) -> PackFacts:
+    return PackFacts(
+        format="kvbuy pack",
+        version=1,
+        producer="test",
+        model="none",
+        fingerprint="0" * 64,
+        dtype=dtype,
+        layers=(PackLayer(heads=HEADS, key_dim=DIM, value_dim=DIM),) * LAYERS,
+        depth=2,
+        frequencies=len(ANGLES),
+        alone=True,
+        tokens=1000,
+    )
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def pack(request: pytest.FixtureRequest) -> Pack:
+    half = DIM // 2
+    rotation = Rotation(np.array([(at, at + half) for at in range(half)]), np.arange(half))
+    fit = Fit(make_facts(request.param), angles=ANGLES, rotations=[rotation] * LAYERS)
+    fit.observe(make_sample(1000, request.param, seed=1))
+    made, raw = make_pack(fit.facts, fit.finish([make_sample(500, request.param, seed=2)]))
+    assert parse_pack(raw).digest == made.digest
+    return made
+
+
+def cut(sample: Sample) -> list[list[Array]]:
+    count = len(sample.token_ids)
+    return [[tensor[:, at : at + BLOCK] for tensor in sample.tensors] for at in range(0, count, BLOCK)]
+
+
+def encode(pack: Pack, sample: Sample) -> list[bytes]:
+    coder = DenseCoder(pack, sample.token_ids, block_size=BLOCK)
+    return [coder.encode_block(at, block).data for at, block in enumerate(cut(sample))]
+
+
+def decode(pack: Pack, sample: Sample, encoded: Sequence[bytes], *, threads: int = 1) -> list[list[Array]]:
+    coder = DenseCoder(pack, sample.token_ids, block_size=BLOCK)
+    blocks = [[np.zeros_like(tensor) for tensor in block] for block in cut(sample)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda at: coder.decode_block(at, memoryview(encoded[at]), blocks[at]), range(len(blocks))))
+    return blocks
+
+
+def same(blocks: list[list[Array]], sample: Sample) -> bool:
+    pairs = zip(blocks, cut(sample), strict=True)
+    return all(np.array_equal(a, b) for block, wanted in pairs for a, b in zip(block, wanted, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, BLOCK, 500])
+def test_a_document_comes_back_bit_for_bit(pack: Pack, tokens: int) -> None:
+    sample = make_sample(tokens, pack.facts.dtype, seed=3)
+    assert same(decode(pack, sample, encode(pack, sample)), sample)
+
+
+def test_threads_change_no_bit(pack: Pack) -> None:
+    sample = make_sample(900, pack.facts.dtype, seed=4)
+    assert same(decode(pack, sample, encode(pack, sample), threads=4), sample)
+
+
+def test_what_is_predictable_gets_smaller_than_exponents_alone(pack: Pack) -> None:
+    sample = make_sample(900, pack.facts.dtype, seed=5)
+    ratio = sum(map(len, encode(pack, sample))) / sum(tensor.nbytes for tensor in sample.tensors)
+    assert ratio < {"BF16": 0.6, "F16": 0.75, "F32": 0.8}[pack.facts.dtype]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.02], ids=["all", "here and there"])
+def test_any_bit_pattern_comes_back(pack: Pack, share: float) -> None:
+    sample = make_sample(700, pack.facts.dtype, seed=6)
+    random = np.random.default_rng(7)
+    for tensor in sample.tensors:
+        wild = random.integers(0, 2 ** (8 * tensor.itemsize), tensor.shape, dtype=tensor.dtype)
+        np.copyto(tensor, wild, where=random.random(tensor.shape) < share)
+    encoded = encode(pack, sample)
+    assert same(decode(pack, sample, encoded), sample)
+    assert sum(map(len, encoded)) <= sum(tensor.nbytes for tensor in sample.tensors) + len(encoded)
+
+
+@pytest.mark.parametrize("high", [0x0000, 0x8000, 0x0001, 0x7F80, 0xFF80, 0x7FC1, 0x7C00, 0xFFFF, 0x3F80])
+def test_constant_channels_come_back(pack: Pack, high: int) -> None:
+    sample = make_sample(200, pack.facts.dtype, seed=8)
+    for tensor in sample.tensors:
+        tensor[:, :, ::3] = high << (8 * tensor.itemsize - 16)
+    assert same(decode(pack, sample, encode(pack, sample)), sample)
+
+
+def test_a_damaged_block_is_refused_or_decodes_to_other_bits(pack: Pack) -> None:
+    sample = make_sample(300, pack.facts.dtype, seed=9)
+    encoded = encode(pack, sample)
+    random = np.random.default_rng(10)
+    for _ in range(20):
+        broken = bytearray(encoded[0])
+        broken[random.integers(len(broken))] ^= 1 << int(random.integers(8))
+        try:
+            assert not same(decode(pack, sample, [bytes(broken), *encoded[1:]]), sample)
+        except DamagedError:
+            continue
+    for length in (0, 1, 5, len(encoded[0]) - 1):
+        with pytest.raises(DamagedError):
+            decode(pack, sample, [encoded[0][:length], *encoded[1:]], threads=2)
+
+
+def test_a_pack_with_a_weight_out_of_range_is_refused(pack: Pack) -> None:
+    tensors = {name: tensor.copy() for name, tensor in pack.tensors.items()}
+    tensors["layer.1.channels"][0, 3] = 21
+    with pytest.raises(DamagedError, match="channels are out of range"):
+        make_pack(pack.facts, tensors)
