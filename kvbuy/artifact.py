@@ -3,10 +3,8 @@
 It moves bytes between a file and buffers that the caller owns. It does not know what a cache or a model is.
 """
 
-import contextlib
 import json
 import os
-import secrets
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from blake3 import blake3
 
 from kvbuy.errors import DamagedError, ExistsError, StoreError
 from kvbuy.manifest import Manifest, StateTensor, Tensor, chain_blocks, parse_manifest
+from kvbuy.whole import write_whole
 
 SUFFIX = ".kv.safetensors"
 MAX_HEADER = 100_000_000  # what safetensors itself accepts
@@ -171,26 +170,14 @@ def write_artifact(path: Path, manifest: Manifest, buffers: Iterable[Buffer], *,
         StoreError: the file cannot be written (no space, no permission); nothing is left behind.
     """
     refuse_unwritable(path, force=force)
-    temporary = path.with_name(f".kvbuy-{secrets.token_hex(8)}.tmp")
     header = manifest.header()
     written = 0
-    try:
-        with temporary.open("xb") as file:
-            file.write(header)
-            for buffer in buffers:
-                written += file.write(buffer)
-            file.flush()
-            os.fsync(file.fileno())
+    with write_whole(path, last_check=lambda: refuse_unwritable(path, force=force)) as file:
+        file.write(header)
+        for buffer in buffers:
+            written += file.write(buffer)
         if written != manifest.data_bytes():
             raise AssertionError(f"{written} bytes written, the manifest implies {manifest.data_bytes()}")
-        refuse_unwritable(path, force=force)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return Artifact(path=path, manifest=manifest, id=manifest.sha256(), header_bytes=len(header))
 
 
@@ -247,13 +234,3 @@ def _fill(file: BinaryIO, views: Sequence[memoryview]) -> None:
             if not count:
                 raise DamagedError("the file ended early: it changed while it was read", hint="fetch it again")
             view = view[count:]
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return  # Windows cannot open a folder
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvbuy.cli_pack import app as pack_app
+from kvbuy.cli_pack import offer_pack
 from kvbuy.options import (
     AdapterOption,
     ArtifactArgument,
     CodecChoice,
     DeviceOption,
-    Dtype,
+    DtypeOption,
     JsonOption,
     KvOption,
     ModelOption,
@@ -68,9 +70,9 @@ def precompute(
     out: Annotated[Path | None, typer.Option("--out", help="Folder, or NAME.kv.safetensors. [default: here]")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the document into the model's chat template.")] = False,
     device: DeviceOption = None,
-    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="[default: the model's own]")] = None,
+    dtype: DtypeOption = None,
     block_size: Annotated[int, typer.Option("--block-size", help="Tokens a block; a multiple of 16.")] = 512,
-    codec: Annotated[CodecChoice, typer.Option("--codec", help="Lossless: raw or fast.")] = CodecChoice.RAW,
+    codec: Annotated[CodecChoice, typer.Option("--codec", help="Lossless: raw, fast or dense.")] = CodecChoice.RAW,
     force: Annotated[bool, typer.Option("--force", help="Replace existing artifacts.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -96,6 +98,8 @@ def precompute(
     from kvbuy.prefill import precompute
 
     loaded = load_model(model, adapter=adapter, device=device, dtype=dtype, say=render.say)
+    if codec is CodecChoice.DENSE:
+        offer_pack(loaded)
     made = []
     with render.token_progress() as progress:
         for document, text, path in zip(documents, texts, paths, strict=True):
@@ -120,7 +124,7 @@ def precompute(
 @app.command()
 def convert(
     artifact: ArtifactArgument = None,
-    codec: Annotated[CodecChoice, typer.Option("--codec", help="Lossless: raw or fast.")] = CodecChoice.FAST,
+    codec: Annotated[CodecChoice, typer.Option("--codec", help="Lossless: raw, fast or dense.")] = CodecChoice.FAST,
     out: Annotated[Path | None, typer.Option("--out", help="[default: NAME.CODEC.kv.safetensors beside it]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
     json: JsonOption = False,
@@ -365,6 +369,9 @@ def _compare_lossy(
     loaded = find_model_for(artifact.manifest, model, adapter=adapter, say=render.say).load(device)
     with render.token_progress() as progress:
         return measure_lossy(artifact, loaded, progress=progress)
+
+
+app.add_typer(pack_app, name="pack")
 
 
 def main() -> None:

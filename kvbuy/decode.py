@@ -44,7 +44,7 @@ def decode(
     generator = torch.Generator(device="cpu").manual_seed(sampling.seed)
     for _ in range(max_new_tokens):
         ids = torch.tensor([list(rows)], device=model.device)
-        output = model.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
         logits = output.logits[0, -1].float()
         token = choose(logits, sampling, generator)
         yield Step(token=token, logits=logits, at=time.perf_counter())

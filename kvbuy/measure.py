@@ -13,11 +13,11 @@ import numpy as np
 
 from kvbuy.artifact import Artifact
 from kvbuy.bounds import Bound, measure_bounds
-from kvbuy.codec import Coder, codec_part, open_coder
+from kvbuy.codec import Coder, open_coder, plan_codec
 from kvbuy.codec.arrays import Array
 from kvbuy.codec.baseline import baselines
-from kvbuy.errors import UsageError
-from kvbuy.parts import CodecName
+from kvbuy.errors import PackError, UsageError
+from kvbuy.parts import CodecName, with_sizes
 from kvbuy.reader import Reader
 
 SAMPLE_BYTES = 4_000_000  # of keys and values for a codec that encodes a few megabytes a second
@@ -107,9 +107,9 @@ def find_coders(artifact: Artifact) -> tuple[dict[str, Coder], tuple[Absent, ...
     names: tuple[CodecName, ...] = ("fast", "dense")
     for name in names:
         try:
-            part = codec_part(name, manifest.decoded_sizes())
-            coders[name] = open_coder(manifest.with_codec(part), artifact.read_tokens())
-        except UsageError as error:
+            codec = with_sizes(plan_codec(name, manifest.fingerprint), manifest.decoded_sizes())
+            coders[name] = open_coder(manifest.with_codec(codec), artifact.read_tokens())
+        except (UsageError, PackError) as error:
             absent.append(Absent(name, error.message))
     return coders, tuple(absent)
 

@@ -1,6 +1,7 @@
 """Models: a loaded transformers model with its identity. Knows nothing of documents or artifacts' files."""
 
 import platform
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ class FoundModel:
             if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
                 raise ValueError(f"its weights lack {len(missing)} tensors, {missing[0]} for one")
             for adapter in self.adapters:
-                model.load_adapter(str(adapter))
+                model = _adapt(model, adapter)
             if model.device != place and self.fingerprint.quantization is None:
                 model = model.to(place)
             model.eval()
@@ -223,6 +224,16 @@ def processor_name(device: torch.device) -> str:
     return " ".join([platform.machine(), vendor, *features])
 
 
+def _adapt(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """The model with a PEFT adapter's layers in it. (Its own `load_adapter` refuses all but the newest PEFT.)"""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers in yesterday's words
+        adapted: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
+    return adapted
+
+
 def _dtype(folder: Path, wanted: str | None) -> torch.dtype:
     config = read_json(folder / "config.json")
     text = config.get("text_config")
@@ -238,7 +249,7 @@ def _dtype(folder: Path, wanted: str | None) -> torch.dtype:
 def _probe(model: PreTrainedModel) -> tuple[tuple[Layer, ...], tuple[StateTensor, ...]]:
     """Run one token: what the model's cache is made of. (And its kernels are warm for the first question.)"""
     cache = empty_cache(model.config, capacity=1)
-    model.base_model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), past_key_values=cache)
+    model.base_model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), cache=cache)
     refuse_unfilled(cache, model_type=model.config.model_type)
     return describe_layers(cache), tuple(described for described, _ in state_tensors(cache))
 

@@ -27,11 +27,13 @@ class CodecChoice(StrEnum):
 
     RAW = "raw"
     FAST = "fast"
+    DENSE = "dense"
 
 
 ModelOption = Annotated[str | None, typer.Option("--model", help="Hub id (with optional @revision) or local folder.")]
 AdapterOption = Annotated[str | None, typer.Option("--adapter", help="PEFT adapter: folder or Hub id.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cuda, mps or cpu. [default: the first there is]")]
+DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="[default: the model's own]")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 KvOption = Annotated[Path | None, typer.Option("--kv", help="Artifact. [default: the newest here]")]
 ArtifactArgument = Annotated[Path | None, typer.Argument(metavar="[ARTIFACT]", help="[default: the newest here]")]

@@ -5,6 +5,7 @@ It knows no rule that ties one part to another: that is `kvbuy.manifest`.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -72,6 +73,11 @@ Codec = Annotated[
         custom_error_message='a codec must be "raw" or an object with the name "fast" or "dense"',
     ),
 ]
+
+
+def with_sizes(codec: Codec, sizes: Sequence[int]) -> Codec:
+    """A codec with the encoded sizes of its pieces."""
+    return codec if codec == "raw" else codec.model_copy(update={"sizes": tuple(sizes)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from kvbuy.cache import (
     refuse_unfilled,
     state_tensors,
 )
-from kvbuy.codec import codec_part
+from kvbuy.codec import plan_codec
 from kvbuy.decode import greedy
 from kvbuy.document import CHAT_PROBE, PROBE, Document, encode_document, encode_prompt
 from kvbuy.manifest import Document as DocumentPart
@@ -70,13 +70,14 @@ def precompute(
     Raises:
         DocumentError: too long for the model, or its chat template cannot hold it.
         UnsupportedCache: the model's cache cannot be stored.
-        UsageError: no block can have `block_size` tokens, or this kvbuy cannot write `codec`.
+        UsageError: no block can have `block_size` tokens, or `codec` needs an extra that is not installed.
+        PackError: `codec` needs a pack, and the model has none here.
         ExistsError, StoreError: `out` cannot be written; nothing is left behind.
     """
     out = Path(out)
     refuse_block_size(block_size)
     refuse_unwritable(out, force=force)
-    codec_part(codec, ())  # refused before the long prefill
+    plan = plan_codec(codec, model.fingerprint)  # refused before the long prefill
     document = encode_document(model.tokenizer, text, name=name, chat=chat)
     probe = CHAT_PROBE if chat else PROBE
     prompt = encode_prompt(model.tokenizer, probe, document_text=document.text, chat=chat)
@@ -101,7 +102,7 @@ def precompute(
     artifact = write_contents(
         out,
         manifest,
-        codec=codec,
+        codec=plan,
         blocks=(block_arrays(cache, start, end) for start, end in _cuts(len(document.token_ids), block_size)),
         state=[raw for _, raw in state],
         side=_side(document),
@@ -128,7 +129,7 @@ def prefill(
         if end - start < block_size:
             record_windows(cache)
         rows = torch.tensor([token_ids[start:end]], device=model.device)
-        model.model.base_model(input_ids=rows, past_key_values=cache, use_cache=True)
+        model.model.base_model(input_ids=rows, cache=cache, use_cache=True)
         if not digests:
             refuse_unfilled(cache, model_type=model.model.config.model_type)
         digests.append(block_digest(cache, start, end))

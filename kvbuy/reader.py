@@ -33,7 +33,8 @@ class Reader:
 
         Raises:
             DamagedError: its token ids do not match their digest.
-            UsageError: this kvbuy lacks its codec.
+            UsageError: its codec needs an extra that is not installed.
+            PackError: its codec needs a pack that is not here.
         """
         manifest = artifact.manifest
         coder = None if manifest.codec == "raw" else open_coder(manifest, artifact.read_tokens())
@@ -48,7 +49,11 @@ class Reader:
         if self.coder is None:
             self.artifact.read_block(index, list(head_views(tensors)))
             return
-        data = self.artifact.read_piece(self.pieces[index])
+        try:
+            data = self.artifact.read_piece(self.pieces[index])
+        except BaseException:
+            self.coder.abandon()
+            raise
         digest = self.artifact.manifest.blocks[index].digest
         with _checking(self.artifact, f"block {index}", head_views(tensors), digest=digest):
             self.coder.decode_block(index, data, tensors)

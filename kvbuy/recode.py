@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvbuy.artifact import Artifact, refuse_unwritable
-from kvbuy.codec import codec_part
+from kvbuy.codec import plan_codec
 from kvbuy.errors import UsageError
 from kvbuy.parts import CodecName
 from kvbuy.reader import Reader, load_state
@@ -29,7 +29,8 @@ def convert(
     Every digest is checked while reading, and what is written has been decoded again and compared.
 
     Raises:
-        UsageError: it has that codec already, or this kvbuy lacks one of the codecs.
+        UsageError: it has that codec already, or one of the codecs needs an extra that is not installed.
+        PackError: one of the codecs needs a pack that is not here.
         DamagedError: the artifact is not intact.
         ExistsError, StoreError: `out` cannot be written; nothing is left behind.
     """
@@ -37,13 +38,13 @@ def convert(
     opened = artifact if isinstance(artifact, Artifact) else Artifact.open(Path(artifact))
     if opened.manifest.codec_name == codec:
         raise UsageError(f"{opened.path} has the codec {codec} already", hint="use it as it is, or name another codec")
-    codec_part(codec, ())  # refused before anything is read
+    plan = plan_codec(codec, opened.manifest.fingerprint)  # refused before anything is read
     path = name_converted(opened.path, codec) if out is None else Path(out)
     refuse_unwritable(path, force=force)
     written = write_contents(
         path,
         opened.manifest,
-        codec=codec,
+        codec=plan,
         blocks=Reader.open(opened).load_blocks(),
         state=[load_state(opened, index) for index in range(len(opened.manifest.state))],
         side=(opened.read_side("tokens"), opened.read_side("text")),

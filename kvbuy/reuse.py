@@ -80,7 +80,7 @@ def load(
     reuse: Reuse = "continue",
     room: int = ROOM,
 ) -> Cache:
-    """An artifact's KV as a transformers cache for `model.generate(ids, past_key_values=...)`.
+    """An artifact's KV as a transformers cache for `model.generate(ids, cache=...)`.
 
     `ids` are the document's token ids (`kvbuy.Artifact.read_tokens`) followed by the prompt's.
 

@@ -16,6 +16,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvbuy"
 
 
+def pack_folder() -> Path:
+    """Where packs live, by digest."""
+    return cache_folder() / "packs"
+
+
 def find_artifact(name: Path | None, *, folder: Path | None = None) -> Path:
     """The artifact that `name` means: the file itself, or the newest one in the folder where none is named.
 

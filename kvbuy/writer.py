@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import IO
 
 from kvbuy.artifact import Artifact, Buffer, content_digest, write_artifact
-from kvbuy.codec import codec_part, open_coder
+from kvbuy.codec import open_coder
 from kvbuy.codec.arrays import Array, head_views, shaped, shaped_block
 from kvbuy.errors import StoreError
 from kvbuy.manifest import Manifest
 from kvbuy.parallel import in_order
-from kvbuy.parts import CodecName
+from kvbuy.parts import Codec, with_sizes
 
 CHUNK = 2**20
 
@@ -22,7 +22,7 @@ def write_contents(
     path: Path,
     manifest: Manifest,
     *,
-    codec: CodecName,
+    codec: Codec,
     blocks: Iterable[Sequence[Array]],
     state: Sequence[Buffer],
     side: tuple[bytes, bytes],
@@ -30,11 +30,10 @@ def write_contents(
 ) -> Artifact:
     """Write decoded contents as an artifact in `codec`; all else of it is as the manifest says.
 
-    `blocks` are arrays [heads, rows, dim] in file order and are taken one by one, `state` the bytes of the state
-    tensors, `side` those of `tokens` and `text`.
+    `codec` comes without sizes, of `kvbuy.codec.plan_codec`. `blocks` are arrays [heads, rows, dim] in file order and
+    are taken one by one, `state` the bytes of the state tensors, `side` those of `tokens` and `text`.
 
     Raises:
-        UsageError: this kvbuy cannot write the codec.
         ExistsError, StoreError: `path` cannot be written; nothing is left behind.
     """
     if codec == "raw":
@@ -47,17 +46,17 @@ def write_contents(
             for piece in chain(_encode_blocks(manifest, codec, blocks, side[0]), _encode_state(manifest, state)):
                 sizes.append(spool.write(piece))
             spool.seek(0)
-            coded = manifest.with_codec(codec_part(codec, sizes))
+            coded = manifest.with_codec(with_sizes(codec, sizes))
             return write_artifact(path, coded, chain(_chunks(spool), side), force=force)
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _encode_blocks(
-    manifest: Manifest, codec: CodecName, blocks: Iterable[Sequence[Array]], raw_tokens: bytes
+    manifest: Manifest, codec: Codec, blocks: Iterable[Sequence[Array]], raw_tokens: bytes
 ) -> Iterator[bytes]:
     """The blocks' encoded bytes, each decoded again by a second coder and held against the block's digest."""
-    planned = manifest.with_codec(codec_part(codec, manifest.decoded_sizes()))  # what they are is not known yet
+    planned = manifest.with_codec(with_sizes(codec, manifest.decoded_sizes()))  # the true ones are not known yet
     tokens = struct.unpack(f"<{len(raw_tokens) // 4}i", raw_tokens)
     encoder, decoder = open_coder(planned, tokens), open_coder(planned, tokens)
 
@@ -68,7 +67,7 @@ def _encode_blocks(
         again = shaped_block(bytearray(end - start), manifest.block_tensors(index))
         decoder.decode_block(index, memoryview(data), again)
         if content_digest(head_views(again)) != manifest.blocks[index].digest:
-            raise AssertionError(f"the codec {codec} does not give block {index} back")
+            raise AssertionError(f"the codec {planned.codec_name} does not give block {index} back")
         return data
 
     return in_order(encode, enumerate(blocks))

@@ -166,7 +166,7 @@ def bench_blocks(model: Model, ids: list[int], rows: list[int], sizes: list[int]
     def plain() -> float:
         with stock_attention(model.model), torch.no_grad():
             cache, whole = DynamicCache(config=model.model.config), torch.tensor([ids], device=model.device)
-            return seconds(lambda: model.model.base_model(input_ids=whole, past_key_values=cache, use_cache=True))
+            return seconds(lambda: model.model.base_model(input_ids=whole, cache=cache, use_cache=True))
 
     table = []
     for size in sizes:

@@ -137,7 +137,7 @@ def test_prefill_in_blocks_is_the_model_s_own_prefill(
     cache = empty_cache(model.model.config, capacity=256)
     prefill(model, ids, cache, block_size=64)
     with torch.no_grad():
-        single = model.model(torch.tensor([[*ids, 65]]), past_key_values=DynamicCache(config=model.model.config))
+        single = model.model(torch.tensor([[*ids, 65]]), cache=DynamicCache(config=model.model.config))
     _, logits = greedy(model, cache, [65], max_new_tokens=1)
     assert (logits[0] - single.logits[0, -1]).abs().max() < 1e-3
 
@@ -168,7 +168,7 @@ def test_transformers_generate_takes_a_loaded_cache(llama: Model, made: Precompu
     ids = [*made.artifact.read_tokens(), 65, 66]
     settings = {"max_new_tokens": 8, "do_sample": False}
     found = llama.model.generate(
-        torch.tensor([ids]), past_key_values=load(made.artifact, llama), attention_mask=torch.ones(1, 202), **settings
+        torch.tensor([ids]), cache=load(made.artifact, llama), attention_mask=torch.ones(1, 202), **settings
     )
     tokens, _ = greedy(llama, load_document(made.artifact, llama).cache, [65, 66], max_new_tokens=8)
     assert found[0, 202:].tolist() == tokens[: found.shape[1] - 202]

@@ -11,7 +11,7 @@ from handmade import FULL, altered_file, handmade
 
 from kvbuy.artifact import Artifact, write_artifact
 from kvbuy.decode import greedy
-from kvbuy.errors import DamagedError, ExistsError, StoreError, UsageError
+from kvbuy.errors import DamagedError, ExistsError, PackError, StoreError, UsageError
 from kvbuy.models import Model, load_model
 from kvbuy.prefill import Precomputed, precompute
 from kvbuy.reader import Reader, load_state
@@ -133,8 +133,11 @@ def test_precompute_writes_what_convert_would(made: Precomputed, llama: Model, t
     assert fast.path.read_bytes()[fast.header_bytes :] == converted.path.read_bytes()[converted.header_bytes :]
 
 
-def test_a_codec_that_cannot_be_written_is_refused_before_the_prefill(llama: Model, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="dense"):
+def test_a_codec_that_cannot_be_written_is_refused_before_the_prefill(
+    llama: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVBUY_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(PackError, match="dense needs a pack"):
         precompute(TEXT[:200], tmp_path / "a.kv.safetensors", model=llama, name="a.txt", codec="dense")
     assert list(tmp_path.iterdir()) == []
 

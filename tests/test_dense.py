@@ -14,6 +14,7 @@ from kvbuy.errors import DamagedError
 from kvbuy.parts import FloatType
 
 DTYPES: tuple[FloatType, ...] = ("BF16", "F16", "F32")
+STILL = Rotation(np.empty((0, 2), np.int64), np.empty(0, np.int64))
 LAYERS, HEADS, DIM, BLOCK = 3, 2, 8, 160  # a block is a tile and a short one
 ANGLES = 0.1 ** np.arange(DIM // 2)
 
@@ -63,7 +64,7 @@ def make_facts(dtype: FloatType) -> PackFacts:
 def pack(request: pytest.FixtureRequest) -> Pack:
     half = DIM // 2
     rotation = Rotation(np.array([(at, at + half) for at in range(half)]), np.arange(half))
-    fit = Fit(make_facts(request.param), angles=ANGLES, rotations=[rotation] * LAYERS)
+    fit = Fit(make_facts(request.param), angles=ANGLES, rotations=[(rotation, STILL)] * LAYERS)
     fit.observe(make_sample(1000, request.param, seed=1))
     made, raw = make_pack(fit.facts, fit.finish([make_sample(500, request.param, seed=2)]))
     assert parse_pack(raw).digest == made.digest

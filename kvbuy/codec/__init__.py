@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, assert_never
 
 from kvbuy.errors import UsageError
-from kvbuy.manifest import Manifest
-from kvbuy.parts import Codec, CodecName, FastCodec
+from kvbuy.manifest import Fingerprint, Manifest
+from kvbuy.parts import Codec, CodecName, DenseCodec, FastCodec
 
 if TYPE_CHECKING:
     from kvbuy.codec.arrays import Array as Array
@@ -36,38 +36,49 @@ class Coder(Protocol):
         """Fill one block's tensors (DamagedError where `data` cannot be theirs)."""
         ...
 
+    def abandon(self) -> None:
+        """A block will never be decoded: blocks that wait for it raise instead of waiting for ever."""
+        return  # in most codecs none waits
+
 
 def open_coder(manifest: Manifest, tokens: Sequence[int]) -> Coder:
     """The coder of a coded artifact; `tokens` are the document's token ids.
 
     Raises:
-        UsageError: the artifact is raw, or this kvbuy lacks its codec.
+        UsageError: the artifact is raw, or the codec needs an extra that is not installed.
+        PackError: the pack that decodes it is not here.
+        DamagedError: its pack belongs to another model.
     """
-    match manifest.codec_name:
+    match manifest.codec:
         case "raw":
             raise UsageError("a raw artifact has no coder")
-        case "fast":
+        case FastCodec():
             from kvbuy.codec.fast import FastCoder
 
             return FastCoder()
-        case "dense":
-            raise UsageError("this kvbuy cannot read the codec dense")
-        case name:
-            assert_never(name)
+        case DenseCodec(pack=digest):
+            from kvbuy.codec.load import open_dense
+
+            return open_dense(manifest, tokens, digest=digest)
+        case codec:
+            assert_never(codec)
 
 
-def codec_part(name: CodecName, sizes: Sequence[int]) -> Codec:
-    """The manifest's `codec` for a codec's name and its encoded sizes.
+def plan_codec(name: CodecName, fingerprint: Fingerprint) -> Codec:
+    """The codec that a name means for a model, its sizes not yet known.
 
     Raises:
-        UsageError: this kvbuy cannot write the codec.
+        UsageError: it needs an extra that is not installed.
+        PackError: it needs a pack, and the model has none here.
     """
     match name:
         case "raw":
             return "raw"
         case "fast":
-            return FastCodec(name="fast", sizes=tuple(sizes))
+            return FastCodec(name="fast", sizes=())
         case "dense":
-            raise UsageError("this kvbuy cannot write the codec dense", hint="take fast")
+            from kvbuy.codec.load import plan_dense
+
+            return DenseCodec(name="dense", pack=plan_dense(fingerprint), sizes=())
         case _:
             assert_never(name)

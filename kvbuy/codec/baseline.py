@@ -12,7 +12,7 @@ from kvbuy.codec.arrays import Array
 LEVELS = (1, 3, 19)
 
 
-class Raw:
+class Raw(Coder):
     """Bytes as computed: its speeds are those of copying memory."""
 
     def encode_block(self, index: int, tensors: Sequence[Array]) -> Encoded:
@@ -27,7 +27,7 @@ class Raw:
             at += tensor.nbytes
 
 
-class Zstd:
+class Zstd(Coder):
     """Zstandard on raw bytes: the frames' lengths as little-endian uint32, then a frame a tensor."""
 
     def __init__(self, level: int) -> None:

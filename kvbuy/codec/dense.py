@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvbuy.codec import Encoded
+from kvbuy.codec import Coder, Encoded
 from kvbuy.codec.arrays import Array
 from kvbuy.codec.column import AT_ONCE, CLASSES, RECIPROCALS, TAIL, WIDER, Lanes, Symbols, Tables, write_rows
 from kvbuy.codec.fast import decode_tensors, encode_tensors
@@ -48,7 +48,7 @@ class Step:
     arguments: tuple[int, Floats, Floats, Layer, Turns, Tokens, Memory, Tables, Format, Pair]
 
 
-class DenseCoder:
+class DenseCoder(Coder):
     """Codes the blocks of one document in one direction: encoding and decoding take a coder each.
 
     Blocks are begun in order, on as many threads as the caller likes.
@@ -95,8 +95,12 @@ class DenseCoder:
             else:
                 raise DamagedError("a dense block has an unknown mode")
         except BaseException:
-            self.progress.fail()
+            self.abandon()
             raise
+
+    def abandon(self) -> None:
+        """A block will never be decoded: those that wait for it raise DamagedError."""
+        self.progress.fail()
 
     def _record(self, index: int, upper: Codes, symbols: Symbols) -> None:
         """Walk a block whose codes [rows, tokens] are known."""

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 import numpy as np
 import zstandard
 
-from kvbuy.codec import Encoded
+from kvbuy.codec import Coder, Encoded
 from kvbuy.codec.arrays import Array
 from kvbuy.errors import DamagedError
 
@@ -42,7 +42,7 @@ SETTINGS = {"min_match": 7, "hash_log": 7, "window_log": WINDOW_LOG, "write_cont
 AT_ONCE = 2**17  # words that are merged at once: about a megabyte of a core's cache
 
 
-class FastCoder:
+class FastCoder(Coder):
     """A coder of independent blocks (`kvbuy.codec.Coder`)."""
 
     def encode_block(self, index: int, tensors: Sequence[Array]) -> Encoded:

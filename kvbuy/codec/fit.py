@@ -14,10 +14,11 @@ import numpy.typing as npt
 
 from kvbuy.codec.arrays import Array
 from kvbuy.codec.column import CLASSES, TAIL
-from kvbuy.codec.grid import GRIDS, Grid
+from kvbuy.codec.grid import GRIDS
 from kvbuy.codec.pack import LONGEST, PackFacts, PackLayer
 from kvbuy.codec.repeats import LENGTHS, find_repeats
 from kvbuy.codec.walk import REMEMBERED, STEADY
+from kvbuy.parts import FloatType
 
 Reals = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
@@ -31,7 +32,7 @@ FIT_BLOCK = 512
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """How a layer's keys turn: pairs of channels of a head [planes, 2], and their row of the angles [planes]."""
+    """How a layer's keys or values turn: pairs of a head's channels [planes, 2], their row of the angles [planes]."""
 
     planes: Integers
     frequency: Integers
@@ -48,10 +49,11 @@ class Sample:
 class Fit:
     """Gathers samples, then makes a pack's tensors of them.
 
-    `angles` are radians a token, [frequencies]; `rotations` one a layer. The first sample sets the features' steps.
+    `angles` are radians a token, [frequencies]; `rotations` those of each layer's keys and values. The first sample
+    sets the features' steps.
     """
 
-    def __init__(self, facts: PackFacts, *, angles: Reals, rotations: Sequence[Rotation]) -> None:
+    def __init__(self, facts: PackFacts, *, angles: Reals, rotations: Sequence[tuple[Rotation, Rotation]]) -> None:
         self.facts, self.angles, self.grid = facts, angles, GRIDS[facts.dtype]
         self.pairs = [_pairs(layer, one, len(angles)) for layer, one in zip(facts.layers, rotations, strict=True)]
         self.tokens = 0
@@ -79,7 +81,10 @@ class Fit:
         cosine, sine = np.cos(self._turn(sample)), np.sin(self._turn(sample))
         for index, pairs in enumerate(self.pairs):
             numbers = np.concatenate(
-                [_numbers(one, self.grid).transpose(0, 2, 1).reshape(-1, one.shape[1]) for one in _layer(sample, index)]
+                [
+                    read_numbers(one, self.facts.dtype).transpose(0, 2, 1).reshape(-1, one.shape[1])
+                    for one in _layer(sample, index)
+                ]
             )
             a, b = numbers[pairs[:, 0]], numbers[pairs[:, 1]]
             c, s = cosine[pairs[:, 2]], sine[pairs[:, 2]]
@@ -247,30 +252,34 @@ def _layer(sample: Sample, index: int) -> Sequence[Array]:
     return sample.tensors[2 * index : 2 * index + 2]
 
 
-def _numbers(bits: Array, grid: Grid) -> Singles:
-    """The float32 values of bit patterns; what is not finite becomes zero."""
-    if bits.dtype == np.uint32:
-        numbers = bits.view(np.float32)
-    elif grid.format.mantissa == 7:
-        numbers = (bits.astype(np.uint32) << 16).view(np.float32)
-    else:
-        numbers = bits.view(np.float16).astype(np.float32)
+def read_numbers(bits: Array, dtype: FloatType) -> Singles:
+    """The float32 values of a dtype's bit patterns; what is not finite becomes zero."""
+    match dtype:
+        case "BF16":
+            numbers = (bits.astype(np.uint32) << 16).view(np.float32)
+        case "F16":
+            numbers = bits.view(np.float16).astype(np.float32)
+        case "F32":
+            numbers = bits.view(np.float32)
     return np.nan_to_num(numbers, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _pairs(layer: PackLayer, rotation: Rotation, still: int) -> Integers:
+def _pairs(layer: PackLayer, rotations: tuple[Rotation, Rotation], still: int) -> Integers:
     """A layer's channels in coding order: [pairs, 3] with the row of the angles; row `still` does not turn."""
+    keys = _part_pairs(layer.heads, layer.key_dim, rotations[0], still)
+    values = _part_pairs(layer.heads, layer.value_dim, rotations[1], still)
+    values[:, :2] += layer.heads * layer.key_dim
+    return np.concatenate([keys, values])
+
+
+def _part_pairs(heads: int, dim: int, rotation: Rotation, still: int) -> Integers:
+    """The pairs of keys or of values, those that turn first."""
     turning = {int(channel) for channel in rotation.planes.ravel()}
-    rest = [channel for channel in range(layer.key_dim) if channel not in turning]
+    rest = [channel + head * dim for head in range(heads) for channel in range(dim) if channel not in turning]
     planes = [(int(a), int(b), int(f)) for (a, b), f in zip(rotation.planes, rotation.frequency, strict=True)]
-    still_ones = [channel + head * layer.key_dim for head in range(layer.heads) for channel in rest]
-    keys = [
-        (a + head * layer.key_dim, b + head * layer.key_dim, f) for head in range(layer.heads) for a, b, f in planes
-    ]
-    first = layer.heads * layer.key_dim
-    values = list(range(first, first + layer.heads * layer.value_dim))
-    others = [(a, b, still) for part in (still_ones, values) for a, b in zip(part[::2], part[1::2], strict=True)]
-    return np.array(keys + others, np.int64)
+    pairs = [(a + head * dim, b + head * dim, f) for head in range(heads) for a, b, f in planes]
+    pairs += [(a, b, still) for a, b in zip(rest[::2], rest[1::2], strict=True)]
+    return np.array(pairs, np.int64).reshape(-1, 3)
 
 
 def _classes(scale: Reals, pairs: Integers, still: int) -> npt.NDArray[np.uint8]:

@@ -24,8 +24,8 @@ are checked when it is opened, so that arithmetic stays within 64 bits and featu
 
 import hashlib
 import json
-import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,12 +38,15 @@ from safetensors.numpy import load, save
 
 from kvbuy.errors import DamagedError, PackError, StoreError
 from kvbuy.parts import Digest, FloatType, Label, Part
-from kvbuy.store import cache_folder
+from kvbuy.store import pack_folder
+from kvbuy.whole import write_whole
 
 SUFFIX = ".pack.safetensors"
 KEY = "kvbuy_pack"
 TAIL = 65536 - 128
 LONGEST = 2048 * 64  # tokens that the rotation reaches
+LARGEST_HEADER = 100_000_000  # safetensors' own limit
+NO_PACK = "this is no kvbuy pack"
 
 Tensor = npt.NDArray[Any]
 
@@ -91,11 +94,6 @@ class Pack:
         return self.tensors[f"layer.{index}.{name}"]
 
 
-def pack_folder() -> Path:
-    """Where packs live."""
-    return cache_folder() / "packs"
-
-
 def find_pack(digest: str) -> Pack:
     """The pack with a digest, from the store.
 
@@ -107,22 +105,43 @@ def find_pack(digest: str) -> Pack:
     if not path.is_file():
         raise PackError(
             f"this artifact is decoded with the pack {digest[:12]}..., which is not here",
-            hint=f"get it from the publisher and run: kvbuy pack add FILE (or put it at {path})",
+            hint="get its file from whoever published the artifact, then: kvbuy pack add FILE",
         )
-    pack = open_pack(path)
+    pack, _ = read_pack(path)
     if pack.digest != digest:
         raise DamagedError(f"{path} is not the pack that its name says", hint="remove it, and get it again")
     return pack
 
 
-def find_pack_for(fingerprint: str) -> Pack | None:
-    """The newest pack in the store that belongs to a fingerprint (its SHA-256), if there is one."""
-    found = sorted(pack_folder().glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for path in found:
-        pack = open_pack(path)
-        if pack.facts.fingerprint == fingerprint:
-            return pack
+def find_pack_for(fingerprint: str) -> str | None:
+    """The digest of the newest pack in the store that belongs to a fingerprint (its SHA-256), if there is one."""
+    for listed in list_packs():
+        if listed.facts.fingerprint == fingerprint:
+            return listed.digest
     return None
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A pack in the store, by what its header says."""
+
+    path: Path
+    facts: PackFacts
+
+    @property
+    def digest(self) -> str:
+        """The digest that its name says."""
+        return self.path.name.removesuffix(SUFFIX)
+
+
+def list_packs() -> list[Listed]:
+    """The packs in the store, newest first. Only headers are read; what has none is no pack, and is left out."""
+    found = sorted(pack_folder().glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    packs = []
+    for path in found:
+        with suppress(DamagedError, OSError):
+            packs.append(Listed(path, _read_facts(path)))
+    return packs
 
 
 def make_pack(facts: PackFacts, tensors: Mapping[str, Tensor]) -> tuple[Pack, bytes]:
@@ -136,27 +155,23 @@ def add_pack(raw: bytes) -> Path:
 
     Raises:
         DamagedError: it is no pack.
-        StoreError: it cannot be written.
+        StoreError: it cannot be written; nothing is left behind.
     """
-    digest = parse_pack(raw).digest
-    folder = pack_folder()
-    path = folder / f"{digest}{SUFFIX}"
-    temporary = folder / f".kvbuy-{secrets.token_hex(8)}.tmp"
+    path = pack_folder() / f"{parse_pack(raw).digest}{SUFFIX}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(raw)
-        temporary.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise StoreError(f"cannot make the folder {path.parent}: {error.strerror}") from error
+    with write_whole(path) as file:
+        file.write(raw)
     return path
 
 
-def open_pack(path: Path) -> Pack:
-    """Read a pack from a file (StoreError where it cannot be read, DamagedError where it is none)."""
+def read_pack(path: Path) -> tuple[Pack, bytes]:
+    """A pack and its file's bytes (StoreError where they cannot be read, DamagedError where they are no pack's)."""
     try:
-        return parse_pack(path.read_bytes())
+        raw = path.read_bytes()
+        return parse_pack(raw), raw
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror}") from error
     except DamagedError as error:
@@ -170,19 +185,28 @@ def parse_pack(raw: bytes) -> Pack:
     Raises:
         DamagedError: it breaks the layout above, or a number is out of its range.
     """
+    header = int.from_bytes(raw[:8], "little")
+    facts = _parse_facts(raw[8 : 8 + header])
     try:
-        header = int.from_bytes(raw[:8], "little")
         tensors = load(raw)
-        facts = PackFacts.model_validate_json(_metadata(raw[8 : 8 + header]))
-    except (SafetensorError, ValidationError, ValueError, KeyError) as error:
-        raise DamagedError(f"this is no kvbuy pack: {str(error).splitlines()[0][:200]}") from error
+    except SafetensorError as error:
+        raise DamagedError(f"{NO_PACK}: {str(error)[:200]}") from error
     pack = Pack(facts=facts, tensors=tensors, digest=hashlib.sha256(raw).hexdigest(), size=len(raw))
     _check(pack)
     return pack
 
 
-def _metadata(header: bytes) -> str:
-    return str(json.loads(header)["__metadata__"][KEY])
+def _read_facts(path: Path) -> PackFacts:
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        return _parse_facts(file.read(min(header, LARGEST_HEADER)))
+
+
+def _parse_facts(header: bytes) -> PackFacts:
+    try:
+        return PackFacts.model_validate_json(json.loads(header)["__metadata__"][KEY])
+    except (ValidationError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{NO_PACK}: {str(error).splitlines()[0][:200]}") from error
 
 
 def _check(pack: Pack) -> None:

@@ -1,0 +1,103 @@
+"""The command line of packs: `kvbuy pack fit`, `add`, `ls`."""
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvbuy.options import AdapterOption, DeviceOption, DtypeOption, JsonOption
+
+if TYPE_CHECKING:
+    from kvbuy.models import Model
+
+app = typer.Typer(help="Packs: what the codec dense knows of a model.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command()
+def fit(
+    model: Annotated[
+        str | None, typer.Option("--model", help="Hub id or local folder. [default: as for precompute]")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", help="UTF-8 file to fit to; may be repeated. [default: docstrings]")
+    ] = None,
+    adapter: AdapterOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Fit a model's pack, once for all its documents.
+
+    The model runs over 65536 tokens of text. Example: kvbuy pack fit
+    """
+    from kvbuy import render, render_pack
+    from kvbuy.codec.load import refuse_without_numba
+    from kvbuy.document import read_document
+
+    refuse_without_numba()
+    texts = [read_document(name) for name in text or ()]
+
+    from kvbuy.calibrate import fit_pack
+    from kvbuy.models import load_model
+
+    loaded = load_model(model, adapter=adapter, device=device, dtype=dtype, say=render.say)
+    with render.token_progress() as progress:
+        fitted = fit_pack(loaded, texts, progress=partial(progress, "calibration"))
+    if json:
+        render.print_json(render_pack.fitted_json(fitted))
+    else:
+        render.print_table(render_pack.fitted_table(fitted))
+
+
+@app.command()
+def add(
+    file: Annotated[Path, typer.Argument(help="A pack, as its publisher gives it.")], json: JsonOption = False
+) -> None:
+    """Put a pack's file into the store, under its digest."""
+    from kvbuy import render
+    from kvbuy.codec.pack import add_pack, read_pack
+
+    _, raw = read_pack(file)
+    path = add_pack(raw)
+    if json:
+        render.print_json({"path": str(path)})
+    else:
+        print(path)
+
+
+@app.command()
+def ls(json: JsonOption = False) -> None:
+    """Show the packs in the store, newest first."""
+    from kvbuy import render, render_pack
+    from kvbuy.codec.pack import list_packs
+
+    packs = list_packs()
+    if not packs and not json:
+        render.say("there are no packs here; make one: kvbuy pack fit")
+    if json:
+        render.print_json({"packs": [render_pack.listed_json(one) for one in packs]})
+    else:
+        render.print_table(render_pack.listed_table(packs))
+
+
+def offer_pack(model: "Model") -> None:
+    """Where a model has no pack and somebody is there to ask, offer to fit one before a document is encoded."""
+    from kvbuy import render
+    from kvbuy.codec.load import refuse_without_numba
+    from kvbuy.codec.pack import find_pack_for
+
+    refuse_without_numba()
+    if find_pack_for(model.fingerprint.sha256()) is not None or not somebody_is_there():
+        return
+    if typer.confirm(f"dense needs a pack for {model.label.name}; there is none. Fit one now?", err=True):
+        from kvbuy.calibrate import fit_pack
+
+        with render.token_progress() as progress:
+            fit_pack(model, progress=partial(progress, "calibration"))
+
+
+def somebody_is_there() -> bool:
+    """Whether a question would be read and answered."""
+    return sys.stdin is not None and sys.stdin.isatty()

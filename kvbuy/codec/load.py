@@ -1,0 +1,65 @@
+"""Making `dense` ready: the pack that an artifact or a model needs, found, checked, and put to work.
+
+Free of numba until a coder is made, so that whoever lacks the extra is told so instead of failing on an import.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+
+from kvbuy.codec import Coder
+from kvbuy.codec.pack import Pack, PackLayer, find_pack, find_pack_for
+from kvbuy.errors import DamagedError, PackError, UsageError
+from kvbuy.manifest import Fingerprint, FullLayer, Manifest
+
+keep_pack = lru_cache(maxsize=1)(find_pack)  # a pack is named by its digest: what was read once stays right
+
+
+def plan_dense(fingerprint: Fingerprint) -> str:
+    """The digest of the pack to encode with, for a model.
+
+    Raises:
+        UsageError: the extra `dense` is not installed.
+        PackError: the model has no pack here.
+    """
+    refuse_without_numba()
+    digest = find_pack_for(fingerprint.sha256())
+    if digest is None:
+        raise PackError(
+            "dense needs a pack for this model and dtype, and there is none here",
+            hint="fit one, once for all its documents: kvbuy pack fit (--model as for precompute); or take fast",
+        )
+    return digest
+
+
+def open_dense(manifest: Manifest, tokens: Sequence[int], *, digest: str) -> Coder:
+    """The coder of an artifact's blocks; `tokens` are the document's token ids.
+
+    Raises:
+        UsageError: the extra `dense` is not installed, or the document is too long for it.
+        PackError: the pack is not here.
+        DamagedError: the pack belongs to another model than the artifact.
+    """
+    refuse_without_numba()
+    from kvbuy.codec.dense import DenseCoder
+
+    pack = keep_pack(digest)
+    refuse_foreign(pack, manifest)
+    return DenseCoder(pack, tokens, block_size=manifest.profile.block_size)
+
+
+def refuse_foreign(pack: Pack, manifest: Manifest) -> None:
+    """Raise DamagedError where an artifact's pack was made for another model or for layers of other shapes."""
+    facts = pack.facts
+    full = [layer for layer in manifest.layers if isinstance(layer, FullLayer)]
+    shapes = tuple(PackLayer(heads=one.heads, key_dim=one.key_dim, value_dim=one.value_dim) for one in full)
+    alone = isinstance(manifest.layers[0], FullLayer)
+    found = (facts.fingerprint, facts.dtype, facts.layers, facts.alone)
+    if found != (manifest.fingerprint.sha256(), manifest.fingerprint.dtype, shapes, alone):
+        raise DamagedError(f"the pack {pack.digest[:12]}... belongs to another model than the artifact that names it")
+
+
+def refuse_without_numba() -> None:
+    """Raise UsageError where the extra `dense` is not installed."""
+    if find_spec("numba") is None:
+        raise UsageError("the codec dense needs numba, which is not here", hint="pip install 'kvbuy[dense]'")

@@ -1,0 +1,45 @@
+"""Files that are written whole or not at all: to a temporary name, synced, then renamed."""
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from kvbuy.errors import StoreError
+
+
+@contextmanager
+def write_whole(path: Path, *, last_check: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
+    """A file to write, which gets its name when the block ends, and is gone where the block fails.
+
+    `last_check` may still refuse, by raising, just before the renaming.
+
+    Raises:
+        StoreError: the file cannot be written (no space, no permission); nothing is left behind.
+    """
+    temporary = path.with_name(f".kvbuy-{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        last_check()
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return  # Windows cannot open a folder
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
