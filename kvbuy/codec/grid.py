@@ -6,21 +6,23 @@ outside the infinities, so every bit pattern is a code. A code's **cell** is the
 Cells meet in **edges**: halfway between neighbours, or at the code itself where a format is cut off rather than
 rounded.
 
-Values and edges are 64-bit integers in fixed point. `origin` says which: it is the exponent field at which a mantissa
-with one bit more than the format's is taken as it stands; above it is shifted left, below it right. Magnitudes
-saturate at 2**30. Both maps are monotone, which is all that the coder needs; what is finer than the fixed point
-shares its edges.
+Values and edges are 32-bit integers in fixed point. `origin` says which: it is the exponent field at which a mantissa
+with one bit more than the format's is taken as it stands; above it is shifted left, below it right. Magnitudes stay
+below 2**29: greater floats are taken for the greatest below. Both maps are monotone, which is all that the coder
+needs; what is finer than the fixed point shares its edges.
 
 float32 is cut into its upper 16 bits, which are coded like a bfloat16, and its lower 16, which are noise and stay raw.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numba
 import numpy as np
 import numpy.typing as npt
+from llvmlite.ir import IntType
+from numba.extending import intrinsic
 
 from kvbuy.manifest import FloatType
 
@@ -28,15 +30,22 @@ Codes = npt.NDArray[np.int32]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+narrow = cast(Callable[[Any], int], np.int32)  # compiled arithmetic is of 64 bits and slow unless cut to 32 at once
+
+
 def compiled(function: Function) -> Function:
     """Compile a function of integers. (Its floats are integers below 2**24: sums in any order are the same.)"""
-    compiler: Callable[[Function], Function] = numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc"})
+    compiler: Callable[[Function], Function] = numba.njit(
+        nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"}
+    )
     return compiler(function)
 
 
 def inlined(function: Function) -> Function:
     """Compile a function into its callers."""
-    compiler: Callable[[Function], Function] = numba.njit(inline="always")
+    compiler: Callable[[Function], Function] = numba.njit(
+        nogil=True, forceinline=True, error_model="numpy", fastmath={"contract", "reassoc"}
+    )
     return compiler(function)
 
 
@@ -79,26 +88,48 @@ def from_codes(codes: Codes, grid: Grid) -> npt.NDArray[Any]:
     return upper.astype(np.uint16) if not grid.raw_bits else upper.astype(np.uint32) << np.uint32(grid.raw_bits)
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def float_bits(_context: Any, number: Any) -> Any:
+    """The bit pattern of a float32, as a 32-bit integer."""
+
+    def cast_bits(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], IntType(32))
+
+    return numba.int32(number), cast_bits
+
+
 @inlined
-def magnitude(half_code: int, bits: int, origin: int) -> int:
-    """The fixed point of a magnitude code with one mantissa bit more, `bits` in all."""
-    field = half_code >> bits
-    mantissa = np.uint64(half_code & ((1 << bits) - 1)) + (np.uint64(min(field, 1)) << np.uint64(bits))
-    shift = max(field, 1) - origin
-    left = np.uint64(min(max(shift, 0), 29 - bits))
-    right = np.uint64(min(max(-shift, 0), 31))
-    return np.int64((mantissa << left) >> right) if shift <= 29 - bits else np.int64(1 << 30)
+def clip(number: int, low: int, high: int) -> int:
+    """The nearest number in [low, high]; all are of 32 bits."""
+    return narrow(min(max(number, low), high))
+
+
+@inlined
+def magnitude(half_code: int, form: Format, origin: int) -> int:
+    """The fixed point of a magnitude code with one mantissa bit more than the format has."""
+    bits = form.mantissa + 1
+    top = narrow(origin + 28 - bits)  # the field of the greatest magnitudes: their mantissa ends below bit 29
+    half = min(half_code, narrow(max(((top + 1) << (bits & 15)) - 1, 0)))
+    field = max(narrow(half >> (bits & 15)), 1)
+    mantissa = narrow(half - narrow((field - 1) << (bits & 15)))
+    return narrow(narrow(mantissa << ((28 - bits) & 31)) >> (clip(narrow(top - field), 0, 31) & 31))
 
 
 @inlined
 def edge(code: int, form: Format, origin: int) -> int:
     """The lower edge of a code's cell; the upper one is the next code's lower edge."""
-    size = magnitude(max(2 * abs(code) - form.centred, 0), form.mantissa + 1, origin)
-    return size if code >= 0 else -size
+    size = magnitude(max(narrow(2 * abs(code) - form.centred), 0), form, origin)
+    return narrow(size if code >= 0 else -size)
+
+
+@inlined
+def rank(code: int) -> int:
+    """A code's magnitude, as if it were positive: 0 for the two codes at zero."""
+    return narrow(code if code >= 0 else -1 - code)
 
 
 @inlined
 def centre(code: int, form: Format, origin: int) -> int:
     """The middle of a code's cell: the value that prediction works with."""
-    size = magnitude(2 * (code if code >= 0 else -1 - code) + 1 - form.centred, form.mantissa + 1, origin)
-    return size if code >= 0 else -size
+    size = magnitude(narrow(2 * rank(code) + 1 - form.centred), form, origin)
+    return narrow(size if code >= 0 else -size)

@@ -19,7 +19,7 @@ sines over 2**30 of the angles of 64 r and r tokens. `kvbuy.codec.walk` and `kvb
 them.
 
 A pack decides how an artifact is decoded, not what is accepted: that is the block digest's work. Its shapes and ranges
-are checked when it is opened, so that arithmetic stays within 64 bits and feature sums below 2**24.
+are checked when it is opened, so that numbers stay within 32 bits and feature sums below 2**24.
 """
 
 import hashlib
@@ -229,7 +229,8 @@ def _check_layer(pack: Pack, index: int) -> None:
     _demand(not chain.transpose(0, 2, 1, 3)[later].any(), "weights")
     _demand(((channels[:, 2] >= 0) & (channels[:, 2] <= 31)).all(), "channels")
     _demand((np.abs(channels[:, 3]) <= 20).all(), "channels")
-    _demand(((channels[:, 4] >= 0) & (channels[:, 4] <= 24)).all(), "channels")
+    _demand(((channels[:, 4] >= 0) & (channels[:, 4] <= 16)).all(), "channels")
+    _demand((np.abs(channels[:, :2].astype(np.int64)) <= (2**29, 2**28)).all(), "channels")
     _demand((np.abs(pack.layer(index, "origin").astype(np.int32)) <= 1024).all(), "origin")
     _demand((pack.layer(index, "classes") <= 144).all(), "classes")
     _demand((np.abs(pack.layer(index, "repeats").astype(np.int32)) <= 64).all(), "repeats")
