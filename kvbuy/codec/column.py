@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvbuy.codec.grid import Codes, Format, clip, compiled, edge, float_bits, inlined, narrow, rank
+from kvbuy.codec.grid import Codes, Format, clip, compiled, edge, float_bits, greater, inlined, narrow, rank, shifted_down, shifted_up
 from kvbuy.codec.repeats import TILE
 
 Words = npt.NDArray[np.uint16]
@@ -64,7 +64,10 @@ class Rules(NamedTuple):
 
 
 class Channel(NamedTuple):
-    """A channel of a pair: where its half of each scratch row begins, its distribution, and its fixed point."""
+    """A channel of a pair: where its half of each scratch row begins, its distribution, and its fixed point.
+
+    `at` is 0 or SIDE. It is masked with SIDE before use: what cannot be negative needs no check, and loops on it vectors.
+    """
 
     at: int
     table: int
@@ -89,7 +92,7 @@ def place(at: int, prediction: int, reciprocal: int) -> int:
 @inlined
 def between(step: int, where: int) -> int:
     """The probability at a place, in units of 2**-16, given its step of the table."""
-    return narrow((step & 0xFFFF) + narrow(narrow(((step >> 16) & 0xFFFF) * (where & 255)) >> 8))
+    return narrow((step & 0xFFFF) + shifted_down(narrow((shifted_down(step, 16) & 0xFFFF) * (where & 255)), 8))
 
 
 @inlined
@@ -102,14 +105,14 @@ def cumulative(at: int, prediction: int, reciprocal: int, cdf: Codes) -> int:
 @inlined
 def zone_end(scale: int, form: Format, origin: int) -> int:
     """The magnitude code at which the zone of a class ends."""
-    octave = max(narrow((scale >> 3) - form.zone), 0)
-    return narrow(clip(narrow(octave + origin - form.mantissa - 1), 0, 250) << (form.mantissa & 15))
+    octave = greater(narrow(shifted_down(scale, 3) - form.zone), 0)
+    return shifted_up(clip(narrow(octave + origin - form.mantissa - 1), 0, 250), form.mantissa)
 
 
 @inlined
 def zone_origin(scale: int, form: Format, origin: int) -> int:
     """The zone's fixed point: the magnitude at its end is below 2**15."""
-    return narrow(origin - 15 + max(narrow((scale >> 3) - form.zone), 0))
+    return narrow(origin - 15 + greater(narrow(shifted_down(scale, 3) - form.zone), 0))
 
 
 @compiled
@@ -162,7 +165,7 @@ def look_up_edges(work: Codes, cdf: Codes, at: int) -> None:
 @compiled
 def guess_codes(channel: Channel, states: States, rules: Rules, work: Codes) -> None:
     """A code for each token that is most often the right one. (Floats are welcome here: `find` corrects.)"""
-    at, form = channel.at, rules.form
+    at, form = channel.at & SIDE, rules.form
     guess = rules.guess[channel.table]
     for t in range(TILE):
         slot = np.int64(states[t] & np.uint32(0xFFFF))
@@ -180,14 +183,14 @@ def guess_codes(channel: Channel, states: States, rules: Rules, work: Codes) -> 
         number = np.float32(work[PREDICTION + at + t]) + z * scale
         pattern = narrow(float_bits(np.float32(number)))
         size = narrow((pattern & 0x7FFFFFFF) + unit + rounding)
-        size = clip(narrow(size >> (shift & 31)), 0, 32767)
-        work[CODE + at + t] = size if pattern >= 0 else -1 - size
+        size = clip(shifted_down(size, shift), 0, 32767)
+        work[CODE + at + t] = size if pattern >= 0 else narrow(-1 - size)
 
 
 @compiled
 def decode_column(channel: Channel, count: int, stream: Stream, rules: Rules, work: Codes) -> None:
     """Decode `count` tokens of one channel: CODE is filled in, from guesses (or where CERTAIN, known codes)."""
-    at, form, origin = channel.at, rules.form, channel.origin
+    at, form, origin = channel.at & SIDE, rules.form, channel.origin
     states = stream.states
     for t in range(TILE):
         code, prediction, reciprocal = work[CODE + at + t], work[PREDICTION + at + t], work[RECIPROCAL + at + t]
@@ -214,7 +217,7 @@ PLAIN_SYMBOL, ZONE_SYMBOL, TAIL_SYMBOL, RAW_SYMBOL = range(4)
 @compiled
 def correct(t: int, channel: Channel, slot: int, rules: Rules, work: Codes) -> int:
     """Find a token's symbol where the guess was no good; returns 1 where it takes a second symbol."""
-    at, form, origin, cdf = channel.at, rules.form, channel.origin, rules.cdf[channel.table]
+    at, form, origin, cdf = channel.at & SIDE, rules.form, channel.origin, rules.cdf[channel.table]
     if slot >= TAIL:
         work[KIND + at + t], work[LOW + at + t], work[HIGH + at + t] = TAIL_SYMBOL, TAIL, 65536
         return 1
@@ -239,7 +242,7 @@ def correct(t: int, channel: Channel, slot: int, rules: Rules, work: Codes) -> i
 @compiled
 def advance_all(at: int, count: int, stream: Stream, work: Codes) -> None:
     """Take each token's symbol off its state, and a word from the stream where the state ran low."""
-    states, words = stream.states, stream.words
+    at, states, words = at & SIDE, stream.states, stream.words
     first = min(stream.read[0], words.shape[0] - TILE)
     taken = 0
     for t in range(TILE):
@@ -271,7 +274,7 @@ def advance(stream: Stream, token: int, low: int, size: int) -> None:
 @compiled
 def decode_seconds(channel: Channel, count: int, stream: Stream, rules: Rules, work: Codes) -> None:
     """Decode the second symbols of a channel, then its raw codes."""
-    at, form, origin, cdf = channel.at, rules.form, channel.origin, rules.cdf[channel.table]
+    at, form, origin, cdf = channel.at & SIDE, rules.form, channel.origin, rules.cdf[channel.table]
     for t in range(count):
         slot = narrow(stream.states[t] & np.uint32(0xFFFF))
         scale = work[CLASS + at + t]

@@ -37,6 +37,7 @@ from kvbuy.errors import DamagedError, UsageError
 
 Integers = npt.NDArray[np.int64]
 Number = TypeVar("Number", bound=np.generic)
+INFORMATION = (16 - np.log2(np.maximum(np.arange(1 << 16), 1))).astype(np.float32)  # bits, by a symbol's size
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,12 +218,13 @@ class DenseCoder:
 
     def _costs(self, symbols: Symbols, *, raw_bytes: int) -> tuple[float, ...]:
         """What each tensor costs, in bytes: its symbols' information, and `raw_bytes` a row."""
-        first = 16 - np.log2(symbols.size.astype(np.float64))
-        second = np.where(symbols.second_size == AT_ONCE, 1, np.maximum(symbols.second_size, 1)).astype(np.float64)
-        rest = np.where(symbols.second_size > 0, 16 - np.log2(second), 0)
-        raw = (symbols.low == TAIL) & (symbols.second_low == TAIL)
-        raw |= (symbols.second_size == 2) & (symbols.second_low == 32767)
-        rows = (first + rest + 16 * raw).sum(axis=1) / 8 + raw_bytes
+        rows = INFORMATION[symbols.size].sum(axis=1, dtype=np.float64)
+        row, token = np.nonzero(symbols.second_size)
+        low, second_low, second = (one[row, token] for one in (symbols.low, symbols.second_low, symbols.second_size))
+        rest = np.where(second == AT_ONCE, 0, INFORMATION[second])
+        raw = (second == AT_ONCE) | np.where(low == TAIL, second_low == TAIL, (second == 2) & (second_low == 32767))
+        rows += np.bincount(row, rest + 16 * raw, len(rows))
+        rows = rows / 8 + raw_bytes
         costs = []
         for start, one in zip(self.rows, self.predictors, strict=False):
             values = one.layer.table.repeat(2) == 1

@@ -14,6 +14,7 @@ from kvbuy.codec.column import (
     LOW,
     PREDICTION,
     RECIPROCAL,
+    SIDE,
     TAIL,
     VALUE,
     WIDER,
@@ -56,7 +57,7 @@ class Target(NamedTuple):
 @compiled
 def record_column(channel: Channel, symbols: Symbols, target: Target, rules: Rules, work: Codes) -> None:
     """Record the symbols of one channel's CODE; where a class is CERTAIN, VALUE is the code that is known."""
-    at, form, origin = channel.at, rules.form, channel.origin
+    at, form, origin = channel.at & SIDE, rules.form, channel.origin
     for t in range(TILE):
         work[RECIPROCAL + at + t] = rules.reciprocal[work[CLASS + at + t] & 255]
     for t in range(TILE):
@@ -87,7 +88,7 @@ def record_column(channel: Channel, symbols: Symbols, target: Target, rules: Rul
 @compiled
 def record_odd(t: int, channel: Channel, symbols: Symbols, row: int, column: int, rules: Rules, work: Codes) -> None:
     """Record a token's symbols where the first one may not be all: its low and high are there already."""
-    at, form, origin, cdf = channel.at, rules.form, channel.origin, rules.cdf[channel.table]
+    at, form, origin, cdf = channel.at & SIDE, rules.form, channel.origin, rules.cdf[channel.table]
     code, scale = work[CODE + at + t], work[CLASS + at + t]
     if scale == CERTAIN:
         right = code == work[VALUE + at + t]

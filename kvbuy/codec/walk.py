@@ -36,7 +36,7 @@ from kvbuy.codec.column import (
     decode_column,
     guess_codes,
 )
-from kvbuy.codec.grid import Codes, centre, clip, compiled, narrow
+from kvbuy.codec.grid import Codes, centre, clip, compiled, greater, lesser, narrow, shifted_down, shifted_up
 from kvbuy.codec.record import Symbols, Target, record_column
 from kvbuy.codec.repeats import TILE
 
@@ -114,7 +114,7 @@ class Memory(NamedTuple):
 @compiled
 def predict_channel(k: int, side: int, layer: Layer, tile: Tile, memory: Memory, work: Codes) -> None:
     """PLAIN, VALUE (both before rotation) and CLASS of a pair's first or second channel."""
-    row, at = 2 * k + side, side * SIDE
+    row, at = 2 * k + side, (side * SIDE) & SIDE
     offset, shift, memory_shift = layer.channels[row, 1], layer.channels[row, 3], layer.channels[row, 4]
     up, down = narrow(max(shift, 0)), narrow(max(-shift, 0))
     limit = narrow(FARTHEST >> up)
@@ -123,13 +123,13 @@ def predict_channel(k: int, side: int, layer: Layer, tile: Tile, memory: Memory,
     repeat, boost = tile.repeat, tile.boost
     for t in range(TILE):
         said = clip(narrow(sums[t]), -limit, limit)
-        work[PLAIN + at + t] = narrow(narrow(narrow(said << (up & 31)) >> (down & 31)) + offset)
+        work[PLAIN + at + t] = narrow(shifted_down(shifted_up(said, up), down) + offset)
     for t in range(TILE):
         work[VALUE + at + t] = residuals[np.uint32(repeat[t])]
         work[CLASS + at + t] = classes[square[t] & 63]
     for t in range(TILE):
-        recalled = narrow(narrow(work[VALUE + at + t] * gain[t]) << (memory_shift & 31))
-        work[VALUE + at + t] = narrow(work[PLAIN + at + t] + narrow(recalled >> 6))
+        recalled = shifted_up(narrow(work[VALUE + at + t] * gain[t]), memory_shift)
+        work[VALUE + at + t] = narrow(work[PLAIN + at + t] + shifted_down(recalled, 6))
     for t in range(TILE):
         work[CLASS + at + t] = clip(narrow(work[CLASS + at + t] + boost[t] + narrowing[t]), CLASSES[0], CLASSES[1])
 
@@ -180,12 +180,13 @@ def learn_energy(layer: Layer, tile: Tile, rules: Rules, work: Codes) -> None:
             scale = clip(narrow(work[CLASS + at + t] - boost[t]), CLASSES[0], CLASSES[1] + WIDER)
             work[RECIPROCAL + at + t] = rules.reciprocal[scale & 255]
         for t in range(TILE):
-            distance = min(abs(narrow(work[VALUE + at + t] - work[PREDICTION + at + t])), FAR)
+            apart = narrow(work[VALUE + at + t] - work[PREDICTION + at + t])
+            distance = lesser(greater(apart, narrow(-apart)), FAR)
             startle = narrow((np.int64(distance) * np.int64(work[RECIPROCAL + at + t])) >> 25)
-            work[LOW + at + t] = min(startle, STARTLED)
+            work[LOW + at + t] = lesser(startle, STARTLED)
     for t in range(TILE):
-        total = narrow(narrow(work[LOW + t] + work[LOW + SIDE + t]) << 3)
-        energy[t] = narrow(energy[t] + (narrow(narrow(total - energy[t]) >> SLOWNESS) & heard[t]))
+        total = shifted_up(narrow(work[LOW + t] + work[LOW + SIDE + t]), 3)
+        energy[t] = narrow(energy[t] + (shifted_down(narrow(total - energy[t]), SLOWNESS) & heard[t]))
     for t in range(TILE):
         at_most = rules.boost.shape[0] - 1
         boost[t] = rules.boost[max(min(energy[t] >> 8, at_most), 0)]
@@ -205,14 +206,14 @@ def learn_pair(k: int, layer: Layer, tile: Tile, memory: Memory, rules: Rules, w
         work[VALUE + t] = narrow((c * first + s * second) >> TURN)
         work[VALUE + SIDE + t] = narrow((c * second - s * first) >> TURN)
     for side in range(2):
-        row, at = 2 * k + side, side * SIDE
+        row, at = 2 * k + side, (side * SIDE) & SIDE
         mean, feature_shift, memory_shift = layer.channels[row, 0], layer.channels[row, 2], layer.channels[row, 4]
         features, residuals = tile.features[row], memory.residuals[row, tile.start : tile.start + tile.count]
         for t in range(TILE):
-            step = narrow(narrow(work[VALUE + at + t] - mean) >> (feature_shift & 31))
+            step = shifted_down(narrow(work[VALUE + at + t] - mean), feature_shift)
             features[t] = np.float32(clip(step, -127, 127))
         for t in range(tile.count):
-            residual = narrow(narrow(work[VALUE + at + t] - work[PLAIN + at + t]) >> (memory_shift & 31))
+            residual = shifted_down(narrow(work[VALUE + at + t] - work[PLAIN + at + t]), memory_shift)
             residuals[t] = np.int8(clip(residual, -REMEMBERED, REMEMBERED))
     if memory.values.shape[1] > 0:
         for side in range(2):
