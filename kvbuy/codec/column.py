@@ -2,8 +2,8 @@
 
 A residual's distribution is a static table (a cumulative distribution over -8 to 8 in units of its expected scale), put
 at the prediction and stretched by a **class**: the scale is 2**(class / 8) in fixed point. An edge's distance from the
-prediction, cut to below 2**21, times a reciprocal of the scale is its place in the table in units of 2**-14; between the table's
-steps the line through them holds. A cell's probability is the difference at its edges, in units of 2**-16. Three cases
+prediction, cut to below 2**21, times a reciprocal of the scale is its place in the table in units of 2**-14; the table
+is straight between its steps. A cell's probability is the difference at its edges, in units of 2**-16. Three cases
 need a second symbol:
 
 - the **zone** around zero, where cells are too fine for 16 bits: its codes share one symbol, and a second one says
@@ -24,7 +24,20 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvbuy.codec.grid import Codes, Format, clip, compiled, edge, float_bits, greater, inlined, narrow, rank, shifted_down, shifted_up
+from kvbuy.codec.grid import (
+    Codes,
+    Format,
+    clip,
+    compiled,
+    edge,
+    float_bits,
+    greater,
+    inlined,
+    narrow,
+    rank,
+    shifted_down,
+    shifted_up,
+)
 from kvbuy.codec.repeats import TILE
 
 Words = npt.NDArray[np.uint16]
@@ -66,7 +79,7 @@ class Rules(NamedTuple):
 class Channel(NamedTuple):
     """A channel of a pair: where its half of each scratch row begins, its distribution, and its fixed point.
 
-    `at` is 0 or SIDE. It is masked with SIDE before use: what cannot be negative needs no check, and loops on it vectors.
+    `at` is 0 or SIDE. It is masked with SIDE before use: indices that cannot be negative need no check.
     """
 
     at: int
@@ -252,7 +265,7 @@ def advance_all(at: int, count: int, stream: Stream, work: Codes) -> None:
         states[t] = np.uint32(np.uint32(size * (state >> np.uint32(16))) + rest)
     for t in range(count):
         state = states[t]
-        runs_low = np.int64(state < np.uint32(65536))  # arithmetic for a branch that nobody can predict
+        runs_low = int(state < np.uint32(65536))  # arithmetic for a branch that nobody can predict
         word = np.uint32(words[first + taken]) * np.uint32(runs_low)
         states[t] = np.uint32(np.uint32(state << np.uint32(runs_low << 4)) | word)
         taken += runs_low

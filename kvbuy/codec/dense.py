@@ -42,7 +42,7 @@ INFORMATION = (16 - np.log2(np.maximum(np.arange(1 << 16), 1))).astype(np.float3
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A layer of a tile, ready to be walked: its rows of the block, its tokens of the block, what the walk takes first."""
+    """A layer of a tile, ready to be walked: its rows and tokens in the block, and what the walk takes first."""
 
     rows: slice
     tokens: slice

@@ -198,7 +198,14 @@ class Tuning:
         if index == 0:
             self.known = self._known(fixed, pairs) if alone else np.zeros((len(pairs), 2, 64), np.uint8)
         channels = np.stack(
-            [draft.mean, np.clip(np.round(offset), -(2**28), 2**28), draft.feature_shift, draft.weight_shift, memory_shift], axis=1
+            [
+                draft.mean,
+                np.clip(np.round(offset), -(2**28), 2**28),
+                draft.feature_shift,
+                draft.weight_shift,
+                memory_shift,
+            ],
+            axis=1,
         )
         form = self.fit.grid.format
         return {

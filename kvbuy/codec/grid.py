@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numba
 import numpy as np
 import numpy.typing as npt
-from llvmlite.ir import IntType
 from numba.extending import intrinsic
 
 from kvbuy.manifest import FloatType
@@ -30,23 +29,19 @@ Codes = npt.NDArray[np.int32]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-narrow = cast(Callable[[Any], int], np.int32)  # compiled arithmetic is of 64 bits and slow unless cut to 32 at once
+narrow = cast(Callable[[Any], int], np.int32)  # compiled integers grow to 64 bits, which are slow, unless cut at once
 
 
 def compiled(function: Function) -> Function:
     """Compile a function of integers. (Its floats are integers below 2**24: sums in any order are the same.)"""
-    compiler: Callable[[Function], Function] = numba.njit(
-        nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"}
-    )
-    return compiler(function)
+    compiler = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
+    return cast(Function, compiler(function))
 
 
 def inlined(function: Function) -> Function:
     """Compile a function into its callers."""
-    compiler: Callable[[Function], Function] = numba.njit(
-        nogil=True, forceinline=True, error_model="numpy", fastmath={"contract", "reassoc"}
-    )
-    return compiler(function)
+    compiler = numba.njit(nogil=True, forceinline=True, error_model="numpy", fastmath={"contract", "reassoc"})
+    return cast(Function, compiler(function))
 
 
 class Format(NamedTuple):
@@ -88,16 +83,6 @@ def from_codes(codes: Codes, grid: Grid) -> npt.NDArray[Any]:
     return upper.astype(np.uint16) if not grid.raw_bits else upper.astype(np.uint32) << np.uint32(grid.raw_bits)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def float_bits(_context: Any, number: Any) -> Any:
-    """The bit pattern of a float32, as a 32-bit integer."""
-
-    def cast_bits(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], IntType(32))
-
-    return numba.int32(number), cast_bits
-
-
 def _shift(name: str) -> Callable[[int, int], int]:
     """A shift by less than 32 of a number of 32 bits, in 32 bits: one instruction, also for vectors."""
 
@@ -112,7 +97,15 @@ def _shift(name: str) -> Callable[[int, int], int]:
     return cast(Callable[[int, int], int], intrinsic(shift))
 
 
+def _bits(_context: Any, number: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
+
+    return numba.int32(number), build
+
+
 shifted_up, shifted_down = _shift("shl"), _shift("ashr")
+float_bits = cast(Callable[[Any], int], intrinsic(_bits))  # a float32's bit pattern
 
 
 @inlined

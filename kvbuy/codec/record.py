@@ -51,7 +51,7 @@ class Target(NamedTuple):
 
     row: int
     start: int
-    count: int
+    length: int
 
 
 @compiled
@@ -76,11 +76,11 @@ def record_column(channel: Channel, symbols: Symbols, target: Target, rules: Rul
         work[KIND + at + t] = narrow(work[KIND + at + t] | narrow(size <= 0))
         odd |= work[KIND + at + t]
     row, start = target.row, target.start
-    for t in range(target.count):
+    for t in range(target.length):
         symbols.low[row, start + t] = np.uint16(work[LOW + at + t])
         symbols.size[row, start + t] = np.uint16(work[ABOVE + at + t])
     if odd:
-        for t in range(target.count):
+        for t in range(target.length):
             if work[KIND + at + t]:
                 record_odd(t, channel, symbols, row, start + t, rules, work)
 
@@ -126,12 +126,12 @@ def needs_raw(symbols: Symbols, row: int, at: int) -> bool:
 def put(states: States, token: int, low: int, size: int, words: Words, end: int) -> int:
     """Put a symbol onto a token's state, a word before `end` where the state would overflow; returns the new end."""
     state = states[token]
-    size_ = np.uint32(size)
-    runs_over = np.int64((state >> np.uint32(16)) >= size_)  # arithmetic for a branch that nobody can predict
+    most = np.uint32(size)
+    runs_over = int((state >> np.uint32(16)) >= most)  # arithmetic for a branch that nobody can predict
     words[end - 1] = np.uint16(state & np.uint32(0xFFFF))
     state = np.uint32(state >> np.uint32(runs_over << 4))
-    whole = np.uint32(state // size_)
-    rest = np.uint32(state - np.uint32(whole * size_))
+    whole = np.uint32(state // most)
+    rest = np.uint32(state - np.uint32(whole * most))
     states[token] = np.uint32(np.uint32(whole << np.uint32(16)) + np.uint32(rest + np.uint32(low)))
     return end - runs_over
 
@@ -149,7 +149,7 @@ def write_rows(
         if seconds:
             for t in range(stop - 1, start - 1, -1):
                 if symbols.second_size[row, t] and needs_raw(symbols, row, t):
-                    end = put(states, t, np.int64(codes[row, t]) + 32768, 1, words, end)
+                    end = put(states, t, int(codes[row, t]) + 32768, 1, words, end)
             for t in range(stop - 1, start - 1, -1):
                 if symbols.second_size[row, t] not in (0, AT_ONCE):
                     end = put(states, t, symbols.second_low[row, t], symbols.second_size[row, t], words, end)

@@ -21,8 +21,6 @@ from kvbuy.codec.column import (
     CLASSES,
     CODE,
     FAR,
-    HIGH,
-    KIND,
     LOW,
     PLAIN,
     PREDICTION,
@@ -49,6 +47,7 @@ SLOWNESS = 5  # energy is an average over about 2**5 pairs
 STARTLED = 6144  # the most that a residual counts for, in units of 2**-10 of its scale
 REMEMBERED = 127
 FARTHEST = 1 << 28  # what features may say of a value, in fixed point
+NATURAL = (1 << 62) - 1  # a mask for what is not negative, as a compiler cannot know: vectors need no check then
 GROUP = 8  # pairs that are chained one by one before the rest of the layer hears of them
 
 
@@ -77,7 +76,7 @@ class Turns(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A tile as it comes to a layer: document tokens [start, start + count), and what is known of them.
+    """A tile as it comes to a layer: document tokens [start, start + length), and what is known of them.
 
     `sums` [channels, TILE] hold what the layers below say; `features` [channels, TILE] are filled in. By token, [TILE]
     or [tables, TILE]: `energy` follows how far residuals exceed their scale, `boost` is what that adds to classes;
@@ -87,7 +86,7 @@ class Tile(NamedTuple):
     """
 
     start: int
-    count: int
+    length: int
     sums: Floats
     features: Floats
     turns: Turns
@@ -119,7 +118,11 @@ def predict_channel(k: int, side: int, layer: Layer, tile: Tile, memory: Memory,
     up, down = narrow(max(shift, 0)), narrow(max(-shift, 0))
     limit = narrow(FARTHEST >> up)
     sums, residuals, classes = tile.sums[row], memory.residuals[row], layer.classes[k, side]
-    square, gain, narrowing = tile.turns.square[layer.frequency[k]], tile.gain[layer.table[k]], tile.narrowing[layer.table[k]]
+    square, gain, narrowing = (
+        tile.turns.square[layer.frequency[k]],
+        tile.gain[layer.table[k]],
+        tile.narrowing[layer.table[k]],
+    )
     repeat, boost = tile.repeat, tile.boost
     for t in range(TILE):
         said = clip(narrow(sums[t]), -limit, limit)
@@ -140,7 +143,7 @@ def predict_known(k: int, layer: Layer, tile: Tile, memory: Memory, rules: Rules
     square = tile.turns.square[layer.frequency[k]]
     for side in range(2):
         at = side * SIDE
-        for t in range(tile.count):
+        for t in range(tile.length):
             if tile.known[t] >= 0:
                 work[VALUE + at + t] = memory.values[2 * k + side, tile.known[t]]
                 work[CLASS + at + t] = rules.known[k, side, square[t] & 63]
@@ -151,7 +154,7 @@ def predict_known(k: int, layer: Layer, tile: Tile, memory: Memory, rules: Rules
 @compiled
 def recall_codes(k: int, side: int, row: int, tile: Tile, memory: Memory, work: Codes) -> None:
     """Put the known codes into a row of the scratch where a class is CERTAIN."""
-    for t in range(tile.count):
+    for t in range(tile.length):
         if work[CLASS + side * SIDE + t] == CERTAIN:
             work[row + side * SIDE + t] = memory.codes[2 * k + side, tile.known[t]]
 
@@ -208,61 +211,65 @@ def learn_pair(k: int, layer: Layer, tile: Tile, memory: Memory, rules: Rules, w
     for side in range(2):
         row, at = 2 * k + side, (side * SIDE) & SIDE
         mean, feature_shift, memory_shift = layer.channels[row, 0], layer.channels[row, 2], layer.channels[row, 4]
-        features, residuals = tile.features[row], memory.residuals[row, tile.start : tile.start + tile.count]
+        features, residuals = tile.features[row], memory.residuals[row, tile.start : tile.start + tile.length]
         for t in range(TILE):
             step = shifted_down(narrow(work[VALUE + at + t] - mean), feature_shift)
             features[t] = np.float32(clip(step, -127, 127))
-        for t in range(tile.count):
+        for t in range(tile.length):
             residual = shifted_down(narrow(work[VALUE + at + t] - work[PLAIN + at + t]), memory_shift)
             residuals[t] = np.int8(clip(residual, -REMEMBERED, REMEMBERED))
     if memory.values.shape[1] > 0:
         for side in range(2):
-            for t in range(tile.count):
-                memory.values[2 * k + side, tile.start + t] = clip(work[VALUE + side * SIDE + t], -2 * FARTHEST, 2 * FARTHEST)
+            for t in range(tile.length):
+                memory.values[2 * k + side, tile.start + t] = clip(
+                    work[VALUE + side * SIDE + t], -2 * FARTHEST, 2 * FARTHEST
+                )
                 memory.codes[2 * k + side, tile.start + t] = work[CODE + side * SIDE + t]
 
 
 @compiled
-def chain_pairs(first: int, last: int, stop: int, sums: Floats, features: Floats, chain: Floats) -> None:
-    """Add what rows [first, last) say about rows [last, stop)."""
-    for row in range(last, stop):
-        for source in range(first, last, 2):
-            a, b = chain[row, source], chain[row, source + 1]
-            for t in range(TILE):
-                sums[row, t] += a * features[source, t] + b * features[source + 1, t]
+def chain_pair(source: int, stop: int, sums: Floats, features: Floats, chain: Floats) -> None:
+    """Add what rows source and source + 1 say about the rows from there to `stop`; arrays are flat, TILE a row."""
+    at = (source * TILE) & NATURAL
+    for row in range(source + 2, stop):
+        to = (row * TILE) & NATURAL
+        a, b = chain[row, source], chain[row, source + 1]
+        for t in range(TILE):
+            sums[to + t] += a * features[at + t] + b * features[at + TILE + t]
 
 
 @compiled
 def chain_group(first: int, last: int, sums: Floats, features: Floats, chain: Floats) -> None:
-    """Add what a group of 16 rows says about all rows after it, eight of its rows at a time."""
-    for row in range(last, sums.shape[0]):
-        for s in range(first, last, 8):
-            w0, w1, w2, w3 = chain[row, s], chain[row, s + 1], chain[row, s + 2], chain[row, s + 3]
-            w4, w5, w6, w7 = chain[row, s + 4], chain[row, s + 5], chain[row, s + 6], chain[row, s + 7]
+    """Add what a group of 16 rows says about all rows after it: four of its rows at a time, to two."""
+    for row in range(last, chain.shape[0], 2):
+        to = (row * TILE) & NATURAL
+        for s in range(first, last, 4):
+            at = (s * TILE) & NATURAL
+            a0, a1, a2, a3 = chain[row, s], chain[row, s + 1], chain[row, s + 2], chain[row, s + 3]
+            b0, b1, b2, b3 = chain[row + 1, s], chain[row + 1, s + 1], chain[row + 1, s + 2], chain[row + 1, s + 3]
             for t in range(TILE):
-                sums[row, t] += (
-                    (w0 * features[s, t] + w1 * features[s + 1, t])
-                    + (w2 * features[s + 2, t] + w3 * features[s + 3, t])
-                    + (w4 * features[s + 4, t] + w5 * features[s + 5, t])
-                    + (w6 * features[s + 6, t] + w7 * features[s + 7, t])
-                )
+                f0, f1 = features[at + t], features[at + TILE + t]
+                f2, f3 = features[at + 2 * TILE + t], features[at + 3 * TILE + t]
+                sums[to + t] += (a0 * f0 + a1 * f1) + (a2 * f2 + a3 * f3)
+                sums[to + TILE + t] += (b0 * f0 + b1 * f1) + (b2 * f2 + b3 * f3)
 
 
 @compiled
-def spread_chain(k: int, sums: Floats, features: Floats, chain: Floats) -> None:
+def spread_chain(k: int, layer: Layer, tile: Tile) -> None:
     """Tell the pairs after a known pair: the rest of its group at once, the rest of the layer after each group."""
-    pairs = sums.shape[0] // 2
+    sums, features = tile.sums.reshape(-1), tile.features.reshape(-1)
+    pairs = layer.origin.shape[0]
     group_end = min((k // GROUP + 1) * GROUP, pairs)
-    chain_pairs(2 * k, 2 * k + 2, 2 * group_end, sums, features, chain)
+    chain_pair(2 * k, 2 * group_end, sums, features, layer.chain)
     if k + 1 == group_end and group_end < pairs:
-        chain_group(2 * (group_end - GROUP), 2 * group_end, sums, features, chain)
+        chain_group(2 * (group_end - GROUP), 2 * group_end, sums, features, layer.chain)
 
 
 @compiled
 def decode_tile(
     layer: Layer, tile: Tile, memory: Memory, rules: Rules, work: Codes, stream: Stream, codes: Codes
 ) -> None:
-    """Decode a layer of a tile into `codes` [channels, count]; `work` is scratch."""
+    """Decode a layer of a tile into `codes` [channels, length]; `work` is scratch."""
     for k in range(layer.origin.shape[0]):
         predict_pair(k, layer, tile, memory, rules, work)
         for side in range(2):
@@ -270,27 +277,27 @@ def decode_tile(
             guess_codes(channel, stream.states, rules, work)
             if memory.values.shape[1] > 0:
                 recall_codes(k, side, CODE, tile, memory, work)
-            decode_column(channel, tile.count, stream, rules, work)
-            for t in range(tile.count):
+            decode_column(channel, tile.length, stream, rules, work)
+            for t in range(tile.length):
                 codes[2 * k + side, t] = work[CODE + side * SIDE + t]
         learn_pair(k, layer, tile, memory, rules, work)
-        spread_chain(k, tile.sums, tile.features, layer.chain)
+        spread_chain(k, layer, tile)
 
 
 @compiled
 def record_tile(
     layer: Layer, tile: Tile, memory: Memory, rules: Rules, work: Codes, codes: Codes, symbols: Symbols, first: Target
 ) -> None:
-    """The encoder's walk over the same layer, whose `codes` [channels, count] are recorded from `first` on."""
+    """The encoder's walk over the same layer, whose `codes` [channels, length] are recorded from `first` on."""
     for k in range(layer.origin.shape[0]):
         predict_pair(k, layer, tile, memory, rules, work)
         for side in range(2):
-            for t in range(tile.count):
+            for t in range(tile.length):
                 work[CODE + side * SIDE + t] = codes[2 * k + side, t]
             if memory.values.shape[1] > 0:
                 recall_codes(k, side, VALUE, tile, memory, work)
             channel = Channel(side * SIDE, layer.table[k], layer.origin[k])
-            target = Target(first.row + 2 * k + side, first.start, first.count)
+            target = Target(first.row + 2 * k + side, first.start, first.length)
             record_column(channel, symbols, target, rules, work)
         learn_pair(k, layer, tile, memory, rules, work)
-        spread_chain(k, tile.sums, tile.features, layer.chain)
+        spread_chain(k, layer, tile)
