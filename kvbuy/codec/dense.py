@@ -26,11 +26,11 @@ import numpy.typing as npt
 
 from kvbuy.codec import Encoded
 from kvbuy.codec.arrays import Array
-from kvbuy.codec.column import CLASSES, RECIPROCALS, SCRATCH, TAIL, Rules, Stream
+from kvbuy.codec.column import CLASSES, RECIPROCALS, SCRATCH, Rules, Stream
 from kvbuy.codec.fast import decode_tensors, encode_tensors
-from kvbuy.codec.grid import GRIDS, Codes, Format, from_codes, to_codes
+from kvbuy.codec.grid import GRIDS, Codes, Format, Halves
 from kvbuy.codec.pack import LONGEST, Pack
-from kvbuy.codec.record import AT_ONCE, Symbols, Target, write_rows
+from kvbuy.codec.record import Symbols, Target, weigh_rows, write_rows
 from kvbuy.codec.repeats import TILE, cut_tiles, find_repeats
 from kvbuy.codec.walk import STEADY, TURN, Floats, Layer, Memory, Tile, Turns, decode_tile, record_tile
 from kvbuy.errors import DamagedError, UsageError
@@ -99,21 +99,21 @@ class DenseCoder:
             self.progress.fail()
             raise
 
-    def _record(self, index: int, upper: Codes, symbols: Symbols) -> None:
-        """Walk a block whose codes [rows, tokens] are known."""
+    def _record(self, index: int, upper: Halves, symbols: Symbols) -> None:
+        """Walk a block whose bits [rows, tokens] are known."""
         for step in self._steps(index):
-            codes = np.ascontiguousarray(upper[step.rows, step.tokens])
-            first = Target(int(step.rows.start), int(step.tokens.start), codes.shape[1])
-            record_tile(*step.arguments, codes, symbols, first)
+            bits = np.ascontiguousarray(upper[step.rows, step.tokens])
+            first = Target(int(step.rows.start), int(step.tokens.start), bits.shape[1])
+            record_tile(*step.arguments, bits, symbols, first)
 
-    def _write(self, symbols: Symbols, codes: Codes) -> list[bytes]:
+    def _write(self, symbols: Symbols, upper: Halves) -> list[bytes]:
         """The recorded symbols as a count of words, states, and words."""
-        count = codes.shape[1]
-        states, words = np.full(count, 1 << 16, np.uint32), np.empty(3 * codes.size + 2, np.uint16)
+        count = upper.shape[1]
+        states, words = np.full(count, 1 << 16, np.uint32), np.empty(3 * upper.size + 2, np.uint16)
         end = len(words)
         for low, high in reversed(list(zip(self.rows[:-1], self.rows[1:], strict=True))):
             for start, stop in reversed(cut_tiles(count, self.block_size)):
-                end = write_rows(symbols, (int(low), int(high)), (start, stop), codes, states, words, end)
+                end = write_rows(symbols, (int(low), int(high)), (start, stop), upper, states, words, end)
         used = words[end:].astype("<u2")
         return [len(used).to_bytes(4, "little"), states.astype("<u4").tobytes(), used.tobytes()]
 
@@ -121,16 +121,16 @@ class DenseCoder:
         count = tensors[0].shape[1]
         states, words, lower = self._parse(data, count)
         read = np.zeros(1, np.int64)
-        codes = np.empty((int(self.rows[-1]), count), np.int32)
+        upper = np.empty((int(self.rows[-1]), count), np.uint16)
         for step in self._steps(index):
-            state, part = _padded(states[step.tokens]), codes[step.rows, step.tokens]
-            tile = np.empty(part.shape, np.int32)
+            state, part = _padded(states[step.tokens]), upper[step.rows, step.tokens]
+            tile = np.empty(part.shape, np.uint16)
             decode_tile(*step.arguments, Stream(state, words, read), tile)
             part[:] = tile
             states[step.tokens] = state[: part.shape[1]]
         if int(read[0]) != len(words) - TILE:
             raise DamagedError("a dense block does not end where its data ends")
-        self._join(codes, lower, tensors)
+        self._join(upper, lower, tensors)
 
     def _parse(self, data: memoryview, count: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
         """States [tokens], words and TILE more, and lower halves [rows, tokens] (no rows where the dtype has none)."""
@@ -193,17 +193,16 @@ class DenseCoder:
         values, codes = np.zeros((count, alone), np.int32), np.zeros((count, alone), np.int32)
         return Memory(np.zeros((count, self.tokens), np.int8), values, codes)
 
-    def _split(self, tensors: Sequence[Array]) -> tuple[Codes, npt.NDArray[np.uint16]]:
-        """A block's codes [rows, tokens] in coding order, and lower halves alike (no rows where there are none)."""
+    def _split(self, tensors: Sequence[Array]) -> tuple[Halves, Halves]:
+        """A block's bits [rows, tokens] in coding order, and lower halves alike (no rows where there are none)."""
         bits = np.concatenate([_channels(pair)[one.order] for pair, one in self._by_layer(tensors)])
-        lower = bits.astype(np.uint16) if self.grid.raw_bits else np.empty((0, bits.shape[1]), np.uint16)
-        return to_codes(bits, self.grid), lower
+        if self.grid.raw_bits:
+            return (bits >> 16).astype(np.uint16), bits.astype(np.uint16)
+        return bits, np.empty((0, bits.shape[1]), np.uint16)
 
-    def _join(self, codes: Codes, lower: npt.NDArray[np.uint16], tensors: Sequence[Array]) -> None:
+    def _join(self, upper: Halves, lower: Halves, tensors: Sequence[Array]) -> None:
         """Undo `_split` into a block's arrays."""
-        bits = from_codes(codes, self.grid)
-        if len(lower):
-            bits |= lower
+        bits: Array = upper.astype(np.uint32) << 16 | lower if self.grid.raw_bits else upper
         for (pair, one), start in zip(self._by_layer(tensors), self.rows, strict=False):
             natural = np.empty((len(one.order), bits.shape[1]), bits.dtype)
             natural[one.order] = bits[start : start + len(one.order)]
@@ -218,12 +217,8 @@ class DenseCoder:
 
     def _costs(self, symbols: Symbols, *, raw_bytes: int) -> tuple[float, ...]:
         """What each tensor costs, in bytes: its symbols' information, and `raw_bytes` a row."""
-        rows = INFORMATION[symbols.size].sum(axis=1, dtype=np.float64)
-        row, token = np.nonzero(symbols.second_size)
-        low, second_low, second = (one[row, token] for one in (symbols.low, symbols.second_low, symbols.second_size))
-        rest = np.where(second == AT_ONCE, 0, INFORMATION[second])
-        raw = (second == AT_ONCE) | np.where(low == TAIL, second_low == TAIL, (second == 2) & (second_low == 32767))
-        rows += np.bincount(row, rest + 16 * raw, len(rows))
+        rows = np.empty(int(self.rows[-1]))
+        weigh_rows(symbols, INFORMATION, rows)
         rows = rows / 8 + raw_bytes
         costs = []
         for start, one in zip(self.rows, self.predictors, strict=False):

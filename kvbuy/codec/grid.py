@@ -26,6 +26,7 @@ from numba.extending import intrinsic
 from kvbuy.manifest import FloatType
 
 Codes = npt.NDArray[np.int32]
+Halves = npt.NDArray[np.uint16]  # bit patterns: of 16-bit floats, or the upper halves of float32
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -71,18 +72,6 @@ GRIDS: dict[FloatType, Grid] = {
 }
 
 
-def to_codes(bits: npt.NDArray[Any], grid: Grid) -> Codes:
-    """The codes of bit patterns (unsigned integers of any shape)."""
-    upper = (bits >> grid.raw_bits).astype(np.int32)
-    return np.where(upper < 32768, upper, 32767 - upper).astype(np.int32)
-
-
-def from_codes(codes: Codes, grid: Grid) -> npt.NDArray[Any]:
-    """The bit patterns of codes; low raw bits are zero."""
-    upper = np.where(codes >= 0, codes, 32767 - codes)
-    return upper.astype(np.uint16) if not grid.raw_bits else upper.astype(np.uint32) << np.uint32(grid.raw_bits)
-
-
 def _shift(name: str) -> Callable[[int, int], int]:
     """A shift by less than 32 of a number of 32 bits, in 32 bits: one instruction, also for vectors."""
 
@@ -126,6 +115,18 @@ def greater(one: int, other: int) -> int:
 def clip(number: int, low: int, high: int) -> int:
     """The nearest number in [low, high]; all are of 32 bits."""
     return lesser(greater(number, low), high)
+
+
+@inlined
+def to_code(bits: int) -> int:
+    """The code of a 16-bit pattern."""
+    return narrow(bits) if narrow(bits) < 32768 else narrow(32767 - narrow(bits))
+
+
+@inlined
+def to_bits(code: int) -> int:
+    """The 16-bit pattern of a code."""
+    return narrow(code) if narrow(code) >= 0 else narrow(32767 - narrow(code))
 
 
 @inlined

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from kvbuy.codec.column import (
     ABOVE,
@@ -28,7 +29,7 @@ from kvbuy.codec.column import (
     zone_end,
     zone_origin,
 )
-from kvbuy.codec.grid import Codes, compiled, edge, inlined, narrow, rank
+from kvbuy.codec.grid import Codes, Halves, compiled, edge, inlined, narrow, rank, to_code
 from kvbuy.codec.repeats import TILE
 
 AT_ONCE = 0xFFFF
@@ -122,6 +123,23 @@ def needs_raw(symbols: Symbols, row: int, at: int) -> bool:
     return bool(symbols.second_size[row, at] == 2 and symbols.second_low[row, at] == 32767)
 
 
+@compiled
+def weigh_rows(symbols: Symbols, information: npt.NDArray[np.float32], costs: npt.NDArray[np.float64]) -> None:
+    """What the symbols of each row cost, in bits: `information` is a symbol's by its size, `costs` are filled in."""
+    for row in range(costs.shape[0]):
+        total, seconds = np.float32(0), 0
+        for t in range(symbols.size.shape[1]):
+            total += information[symbols.size[row, t]]
+            seconds |= symbols.second_size[row, t]
+        if seconds:
+            for t in range(symbols.size.shape[1]):
+                if symbols.second_size[row, t] not in (0, AT_ONCE):
+                    total += information[symbols.second_size[row, t]]
+                if symbols.second_size[row, t] and needs_raw(symbols, row, t):
+                    total += np.float32(16)
+        costs[row] = total
+
+
 @inlined
 def put(states: States, token: int, low: int, size: int, words: Words, end: int) -> int:
     """Put a symbol onto a token's state, a word before `end` where the state would overflow; returns the new end."""
@@ -138,7 +156,7 @@ def put(states: States, token: int, low: int, size: int, words: Words, end: int)
 
 @compiled
 def write_rows(
-    symbols: Symbols, rows: tuple[int, int], tile: tuple[int, int], codes: Codes, states: States, words: Words, end: int
+    symbols: Symbols, rows: tuple[int, int], tile: tuple[int, int], bits: Halves, states: States, words: Words, end: int
 ) -> int:
     """Write rows [first, last) of the tokens [start, stop) before `end`, last symbol first; returns the new end."""
     (first, last), (start, stop) = rows, tile
@@ -149,7 +167,7 @@ def write_rows(
         if seconds:
             for t in range(stop - 1, start - 1, -1):
                 if symbols.second_size[row, t] and needs_raw(symbols, row, t):
-                    end = put(states, t, int(codes[row, t]) + 32768, 1, words, end)
+                    end = put(states, t, to_code(bits[row, t]) + 32768, 1, words, end)
             for t in range(stop - 1, start - 1, -1):
                 if symbols.second_size[row, t] not in (0, AT_ONCE):
                     end = put(states, t, symbols.second_low[row, t], symbols.second_size[row, t], words, end)

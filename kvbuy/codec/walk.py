@@ -34,7 +34,20 @@ from kvbuy.codec.column import (
     decode_column,
     guess_codes,
 )
-from kvbuy.codec.grid import Codes, centre, clip, compiled, greater, lesser, narrow, shifted_down, shifted_up
+from kvbuy.codec.grid import (
+    Codes,
+    Halves,
+    centre,
+    clip,
+    compiled,
+    greater,
+    lesser,
+    narrow,
+    shifted_down,
+    shifted_up,
+    to_bits,
+    to_code,
+)
 from kvbuy.codec.record import Symbols, Target, record_column
 from kvbuy.codec.repeats import TILE
 
@@ -267,9 +280,9 @@ def spread_chain(k: int, layer: Layer, tile: Tile) -> None:
 
 @compiled
 def decode_tile(
-    layer: Layer, tile: Tile, memory: Memory, rules: Rules, work: Codes, stream: Stream, codes: Codes
+    layer: Layer, tile: Tile, memory: Memory, rules: Rules, work: Codes, stream: Stream, bits: Halves
 ) -> None:
-    """Decode a layer of a tile into `codes` [channels, length]; `work` is scratch."""
+    """Decode a layer of a tile into `bits` [channels, length]; `work` is scratch."""
     for k in range(layer.origin.shape[0]):
         predict_pair(k, layer, tile, memory, rules, work)
         for side in range(2):
@@ -279,21 +292,21 @@ def decode_tile(
                 recall_codes(k, side, CODE, tile, memory, work)
             decode_column(channel, tile.length, stream, rules, work)
             for t in range(tile.length):
-                codes[2 * k + side, t] = work[CODE + side * SIDE + t]
+                bits[2 * k + side, t] = np.uint16(to_bits(work[CODE + side * SIDE + t]))
         learn_pair(k, layer, tile, memory, rules, work)
         spread_chain(k, layer, tile)
 
 
 @compiled
 def record_tile(
-    layer: Layer, tile: Tile, memory: Memory, rules: Rules, work: Codes, codes: Codes, symbols: Symbols, first: Target
+    layer: Layer, tile: Tile, memory: Memory, rules: Rules, work: Codes, bits: Halves, symbols: Symbols, first: Target
 ) -> None:
-    """The encoder's walk over the same layer, whose `codes` [channels, length] are recorded from `first` on."""
+    """The encoder's walk over the same layer, whose `bits` [channels, length] are recorded from `first` on."""
     for k in range(layer.origin.shape[0]):
         predict_pair(k, layer, tile, memory, rules, work)
         for side in range(2):
             for t in range(tile.length):
-                work[CODE + side * SIDE + t] = codes[2 * k + side, t]
+                work[CODE + side * SIDE + t] = to_code(bits[2 * k + side, t])
             if memory.values.shape[1] > 0:
                 recall_codes(k, side, VALUE, tile, memory, work)
             channel = Channel(side * SIDE, layer.table[k], layer.origin[k])
