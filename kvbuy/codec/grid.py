@@ -29,12 +29,11 @@ Codes = npt.NDArray[np.int32]
 Halves = npt.NDArray[np.uint16]  # bit patterns: of 16-bit floats, or the upper halves of float32
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-
 narrow = cast(Callable[[Any], int], np.int32)  # compiled integers grow to 64 bits, which are slow, unless cut at once
 
 
 def compiled(function: Function) -> Function:
-    """Compile a function of integers. (Its floats are integers below 2**24: sums in any order are the same.)"""
+    """Compile a function of integers. (Its floats are guesses, or integers below 2**24: any order of sums will do.)"""
     compiler = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
     return cast(Function, compiler(function))
 
@@ -93,7 +92,7 @@ def _bits(_context: Any, number: Any) -> Any:
     return numba.int32(number), build
 
 
-shifted_up, shifted_down = _shift("shl"), _shift("ashr")
+shifted_up, shifted_down = _shift("shl"), _shift("ashr")  # down rounds towards minus infinity
 float_bits = cast(Callable[[Any], int], intrinsic(_bits))  # a float32's bit pattern
 
 

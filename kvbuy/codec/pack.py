@@ -15,8 +15,8 @@ each full-attention layer N, with C channels in coding order (pairs of channels,
 and for all of them: `known` U8 [C/2, 2, 64], the scale at which a token repeats itself in a first layer that depends
 on the token alone; `distributions` I32 [2, 1025] for keys and values; `energy` I16 [512], the change of class by a
 token's energy; `rotation.coarse` I32 [rows, frequencies, 2] and `rotation.fine` I32 [64, frequencies, 2], cosines and
-sines over 2**30 of the angles of 64 r and r tokens. `kvbuy.codec.walk` and `kvbuy.codec.column` say what is done with
-them.
+sines over 2**30 of the angles of 64 r and r tokens. Scales are classes of `kvbuy.codec.column`, the nearest where there
+is none. `kvbuy.codec.walk` and `kvbuy.codec.column` say what is done with them.
 
 A pack decides how an artifact is decoded, not what is accepted: that is the block digest's work. Its shapes and ranges
 are checked when it is opened, so that numbers stay within 32 bits and feature sums below 2**24.
