@@ -6,7 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from kvbuy.codec import Encoded
 from kvbuy.codec.arrays import Array
+from kvbuy.codec.column import TAIL
 from kvbuy.codec.dense import DenseCoder
 from kvbuy.codec.fit import Fit, Rotation, Sample
 from kvbuy.codec.pack import Pack, PackFacts, PackLayer, make_pack, parse_pack
@@ -81,6 +83,10 @@ def encode(pack: Pack, sample: Sample) -> list[bytes]:
     return [coder.encode_block(at, block).data for at, block in enumerate(cut(sample))]
 
 
+def never_smaller(tensors: Sequence[Array]) -> Encoded:
+    return Encoded(bytes(4 * sum(tensor.nbytes for tensor in tensors)), ())
+
+
 def decode(pack: Pack, sample: Sample, encoded: Sequence[bytes], *, threads: int = 1) -> list[list[Array]]:
     coder = DenseCoder(pack, sample.token_ids, block_size=BLOCK)
     blocks = [[np.zeros_like(tensor) for tensor in block] for block in cut(sample)]
@@ -147,8 +153,35 @@ def test_a_damaged_block_is_refused_or_decodes_to_other_bits(pack: Pack) -> None
             decode(pack, sample, [encoded[0][:length], *encoded[1:]], threads=2)
 
 
-def test_a_pack_with_a_weight_out_of_range_is_refused(pack: Pack) -> None:
+@pytest.mark.parametrize(("column", "value"), [(0, 2**29 + 1), (1, -(2**28) - 1), (2, 32), (3, 21), (4, 17)])
+def test_a_pack_with_numbers_out_of_range_is_refused(pack: Pack, column: int, value: int) -> None:
     tensors = {name: tensor.copy() for name, tensor in pack.tensors.items()}
-    tensors["layer.1.channels"][0, 3] = 21
+    tensors["layer.1.channels"][0, column] = value
     with pytest.raises(DamagedError, match="channels are out of range"):
         make_pack(pack.facts, tensors)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_pack_is_accepted_loses_nothing(pack: Pack, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvbuy.codec.dense.encode_tensors", never_smaller)  # also where `fast` would be the better one
+    random = np.random.default_rng(seed)
+    tensors = {name: tensor.copy() for name, tensor in pack.tensors.items()}
+
+    def fill(name: str, low: int, high: int) -> None:
+        tensor = tensors[name]
+        tensor[:] = random.choice([low, high, *random.integers(low, high, 20, endpoint=True)], tensor.shape)
+
+    fill("known", 0, 255)
+    fill("energy", -64, 64)
+    fill("rotation.coarse", -(2**31), 2**31 - 1)
+    fill("rotation.fine", -(2**31), 2**31 - 1)
+    tensors["distributions"][:, 1:-1] = np.sort(random.integers(0, TAIL, (2, 1023), endpoint=True), axis=1)
+    for layer in range(LAYERS):
+        fill(f"layer.{layer}.origin", -1024 if seed % 2 else 0, 1024 if seed % 2 else 200)
+        fill(f"layer.{layer}.classes", 0, 144)
+        fill(f"layer.{layer}.repeats", -64, 64)
+        for column, (low, high) in enumerate([(-(2**29), 2**29), (-(2**28), 2**28), (0, 31), (-20, 20), (0, 16)]):
+            tensors[f"layer.{layer}.channels"][:, column] = random.integers(low, high, HEADS * DIM * 2, endpoint=True)
+    odd, _ = make_pack(pack.facts, tensors)
+    sample = make_sample(400, pack.facts.dtype, seed=11)
+    assert same(decode(odd, sample, encode(odd, sample)), sample)

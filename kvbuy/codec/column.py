@@ -1,8 +1,10 @@
-"""The entropy coder: one channel of a tile of tokens, each token on a rANS state of its own.
+"""The entropy coder's arithmetic: one channel of a tile of tokens, each token on a rANS state of its own.
 
 A residual's distribution is a static table (a cumulative distribution over -8 to 8 in units of its expected scale), put
-at the prediction and stretched by a **class**: the scale is 2**(class / 8) in fixed point. A cell's probability is the
-difference of the table at its edges, in units of 2**-16. Three cases need a second symbol:
+at the prediction and stretched by a **class**: the scale is 2**(class / 8) in fixed point. An edge's distance from the
+prediction, cut to below 2**21, times a reciprocal of the scale is its place in the table in units of 2**-14; the table
+is straight between its steps. A cell's probability is the difference at its edges, in units of 2**-16. Three cases
+need a second symbol:
 
 - the **zone** around zero, where cells are too fine for 16 bits: its codes share one symbol, and a second one says
   where in the zone the value is, uniformly (the fixed point there is 15 bits below the zone's end, so the edges
@@ -22,74 +24,112 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvbuy.codec.grid import Codes, Format, compiled, edge, inlined
+from kvbuy.codec.grid import (
+    Codes,
+    Format,
+    clip,
+    compiled,
+    edge,
+    float_bits,
+    greater,
+    inlined,
+    narrow,
+    rank,
+    shifted_down,
+    shifted_up,
+)
+from kvbuy.codec.repeats import TILE
 
-Integers = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint16]
+States = npt.NDArray[np.uint32]
 
 TAIL = 65536 - 128  # slots from here on are the tail's
 WIDER = 16  # classes: four times the scale
 CLASSES = (40, 144)  # the least and the greatest class
-RECIPROCALS = (
-    274877906944,
-    252064152055,
-    231143846582,
-    211959841877,
-    194368031998,
-    178236271212,
-    163443381347,
-    149878241531,
-)  # 2**(38 - class / 8) for the first octave
 CERTAIN = -1  # not a class: the code is known, but for the tail
-CLIP = (1 << 21) - 1
+FAR = (1 << 21) - 1
 REACH = 1 << 17  # 8 scales in units of 2**-14
+RECIPROCALS = (1073741824, 984625593, 902905650, 827968132, 759250124, 696235434, 638450708, 585461880)
+FINEST = 35  # a reciprocal is 2**35 over the scale: 2**(30 - class / 8) for the classes from 40 on above, halved after
+
+# A pair's scratch is one array of 32-bit numbers, so that a compiler sees which loops may run in vectors. Each name
+# is a row of it: TILE numbers for the pair's first channel, then as many for its second.
+SIDE = TILE
+PLAIN, VALUE, PREDICTION, CLASS, CODE, RECIPROCAL, LOW, HIGH, BELOW, ABOVE, KIND = range(0, 22 * TILE, 2 * TILE)
+SCRATCH = 22 * TILE
 
 
-class Tables(NamedTuple):
-    """What is looked up.
+class Rules(NamedTuple):
+    """What holds for a whole document: its format, and what is looked up.
 
-    `cdf` is [tables, 1025]: 64 steps a scale, 0 to TAIL. `guess` is its inverse [tables, 1025], 64 slots a step, in
-    units of 2**-14: a first guess, never trusted. `reciprocal` is 2**38 over a class's scale. `boost` is the change of
-    class by energy, `known` [pairs, 2, 64] the classes of a token that repeats itself (both for `kvbuy.codec.walk`).
+    `cdf` is [tables, 1024]: 64 steps a scale, 0 to TAIL; the lower 16 bits of an entry are the probability below, the
+    upper 16 how much the step adds. `guess` is its inverse [tables, 1025], 64 slots a step, in units of 2**-14: a first
+    guess, never trusted. `reciprocal` [256] is 2**35 over a class's scale. `boost` [512] is the change of class by
+    energy, `known` [pairs, 2, 64] the classes of a token that repeats itself (both for `kvbuy.codec.walk`).
     """
 
-    cdf: Integers
-    guess: Integers
-    reciprocal: Integers
-    boost: Integers
-    known: Integers
+    form: Format
+    cdf: Codes
+    guess: Codes
+    reciprocal: Codes
+    boost: Codes
+    known: Codes
 
 
-class Lanes(NamedTuple):
-    """A tile at work: rANS states [tokens], the words and how many were read, scratch [tokens] for one channel."""
+class Channel(NamedTuple):
+    """A channel of a pair: where its half of each scratch row begins, its distribution, and its fixed point.
 
-    states: npt.NDArray[np.uint32]
-    words: npt.NDArray[np.uint16]
-    read: Integers
-    low: Integers
-    high: Integers
-    kind: Integers
-    floats: npt.NDArray[np.float32]
-    patterns: Codes
+    `at` is 0 or SIDE. It is masked with SIDE before use: indices that cannot be negative need no check.
+    """
+
+    at: int
+    table: int
+    origin: int
+
+
+class Stream(NamedTuple):
+    """A tile's rANS states [TILE], the block's words with TILE more of the last one, and how many were read, [1]."""
+
+    states: States
+    words: Words
+    read: npt.NDArray[np.int64]
 
 
 @inlined
-def cumulative(at: int, prediction: int, reciprocal: int, cdf: Integers) -> int:
+def place(at: int, prediction: int, reciprocal: int) -> int:
+    """Where a point stands in the cumulative table: 0 to 16 scales in units of 2**-14."""
+    distance = clip(narrow(at - prediction), -FAR, FAR)
+    return narrow(clip(narrow((np.int64(distance) * np.int64(reciprocal)) >> 21), -REACH, REACH - 1) + REACH)
+
+
+@inlined
+def between(step: int, where: int) -> int:
+    """The probability at a place, in units of 2**-16, given its step of the table."""
+    return narrow((step & 0xFFFF) + shifted_down(narrow((shifted_down(step, 16) & 0xFFFF) * (where & 255)), 8))
+
+
+@inlined
+def cumulative(at: int, prediction: int, reciprocal: int, cdf: Codes) -> int:
     """The probability below a point, in units of 2**-16."""
-    distance = min(max(at - prediction, -CLIP), CLIP)
-    z = min(max((distance * reciprocal) >> 24, -REACH), REACH - 1) + REACH
-    below = cdf[z >> 8]
-    return below + (((cdf[(z >> 8) + 1] - below) * (z & 255)) >> 8)
+    where = place(at, prediction, reciprocal)
+    return between(cdf[(where >> 8) & 1023], where)
 
 
 @inlined
-def zone(scale: int, form: Format, origin: int) -> tuple[int, int]:
-    """How many octaves the zone's fixed point is finer, and the magnitude code at its end."""
-    octave = max((scale >> 3) - form.zone, 0)
-    return 15 - octave, min(max(octave + origin - form.mantissa - 1, 0), 250) << form.mantissa
+def zone_end(scale: int, form: Format, origin: int) -> int:
+    """The magnitude code at which the zone of a class ends."""
+    octave = greater(narrow(shifted_down(scale, 3) - form.zone), 0)
+    return shifted_up(clip(narrow(octave + origin - form.mantissa - 1), 0, 250), form.mantissa)
+
+
+@inlined
+def zone_origin(scale: int, form: Format, origin: int) -> int:
+    """The zone's fixed point: the magnitude at its end is below 2**15."""
+    return narrow(origin - 15 + greater(narrow(shifted_down(scale, 3) - form.zone), 0))
 
 
 @compiled
-def find(slot: int, near: int, prediction: int, reciprocal: int, cdf: Integers, form: Format, origin: int) -> int:
+def find(slot: int, near: int, prediction: int, reciprocal: int, cdf: Codes, form: Format, origin: int) -> int:
     """The code whose cell holds a slot: tried near a guess, then by bisection over all codes."""
     low, high = -32768, 32767
     code = near
@@ -125,236 +165,156 @@ def find_in_zone(slot: int, end: int, form: Format, origin: int) -> int:
 
 
 @inlined
-def advance(lanes: Lanes, token: int, low: int, size: int) -> None:
-    """Take a symbol off a token's state, and a word from the stream where the state ran low."""
-    state = lanes.states[token]
-    state = np.uint32(np.uint32(size) * (state >> np.uint32(16)) + (state & np.uint32(65535)) - np.uint32(low))
-    if state < np.uint32(65536):
-        word = lanes.words[min(lanes.read[0], lanes.words.shape[0] - 1)]
-        state = np.uint32((state << np.uint32(16)) | np.uint32(word))
-        lanes.read[0] += 1
-    lanes.states[token] = state
+def look_up_edges(work: Codes, cdf: Codes, at: int) -> None:
+    """Turn the places in LOW and HIGH into probabilities."""
+    for t in range(TILE):
+        work[BELOW + at + t] = cdf[(work[LOW + at + t] >> 8) & 1023]
+        work[ABOVE + at + t] = cdf[(work[HIGH + at + t] >> 8) & 1023]
+    for t in range(TILE):
+        work[LOW + at + t] = between(work[BELOW + at + t], work[LOW + at + t])
+        work[HIGH + at + t] = between(work[ABOVE + at + t], work[HIGH + at + t])
 
 
 @compiled
-def guess_codes(
-    lanes: Lanes, predictions: Integers, classes: Integers, guess: Integers, form: Format, origin: int, codes: Codes
-) -> None:
+def guess_codes(channel: Channel, states: States, rules: Rules, work: Codes) -> None:
     """A code for each token that is most often the right one. (Floats are welcome here: `find` corrects.)"""
-    count = predictions.shape[0]
-    for t in range(count):
-        slot = np.int64(lanes.states[t] & np.uint32(65535))
-        z = guess[slot >> 6] + (((guess[(slot >> 6) + 1] - guess[slot >> 6]) * (slot & 63)) >> 6)
-        scale = classes[t]
-        step = (z * (256 + 32 * (scale & 7))) >> 8
-        octave = (scale >> 3) - 14
-        lanes.floats[t] = np.float32(predictions[t] + ((step << max(octave, 0)) >> max(-octave, 0)))
-    unit = (origin - form.bias - form.mantissa - 1) << 23
-    rounding = form.centred << (22 - form.mantissa)
-    for t in range(count):
-        pattern = np.int64(lanes.patterns[t])
-        size = ((pattern & 0x7FFFFFFF) + unit + rounding) >> (23 - form.mantissa)
-        size = min(max(size - ((127 - form.bias) << form.mantissa), 0), 32767)
-        codes[t] = np.int32(size if pattern >= 0 else -1 - size)
+    at, form = channel.at & SIDE, rules.form
+    guess = rules.guess[channel.table]
+    for t in range(TILE):
+        slot = np.int64(states[t] & np.uint32(0xFFFF))
+        work[BELOW + at + t] = guess[slot >> 6]
+        work[ABOVE + at + t] = guess[(slot >> 6) + 1]
+        work[RECIPROCAL + at + t] = rules.reciprocal[work[CLASS + at + t] & 255]
+    unit = narrow(clip(channel.origin - form.mantissa - 128, -255, 255) << 23)
+    rounding = narrow(form.centred << ((22 - form.mantissa) & 31))
+    shift = 23 - form.mantissa
+    for t in range(TILE):
+        part = np.float32(narrow(states[t] & np.uint32(63))) * np.float32(1 / 64)
+        low = np.float32(work[BELOW + at + t])
+        z = low + (np.float32(work[ABOVE + at + t]) - low) * part
+        scale = np.float32(1 << 21) / np.float32(work[RECIPROCAL + at + t])
+        number = np.float32(work[PREDICTION + at + t]) + z * scale
+        pattern = narrow(float_bits(np.float32(number)))
+        size = narrow((pattern & 0x7FFFFFFF) + unit + rounding)
+        size = clip(shifted_down(size, shift), 0, 32767)
+        work[CODE + at + t] = size if pattern >= 0 else narrow(-1 - size)
 
 
 @compiled
-def decode_column(
-    lanes: Lanes,
-    predictions: Integers,
-    classes: Integers,
-    table: int,
-    tables: Tables,
-    form: Format,
-    origin: int,
-    codes: Codes,
-) -> None:
-    """Decode one channel: `codes` [tokens] are filled in; where a class is CERTAIN they hold the known code before."""
-    count = predictions.shape[0]
-    cdf = tables.cdf[table]
-    low, high, kind = lanes.low, lanes.high, lanes.kind
-    for t in range(count):
-        reciprocal = tables.reciprocal[classes[t]]
-        low[t] = cumulative(edge(codes[t], form, origin), predictions[t], reciprocal, cdf)
-        high[t] = cumulative(edge(codes[t] + 1, form, origin), predictions[t], reciprocal, cdf)
+def decode_column(channel: Channel, count: int, stream: Stream, rules: Rules, work: Codes) -> None:
+    """Decode `count` tokens of one channel: CODE is filled in, from guesses (or where CERTAIN, known codes)."""
+    at, form, origin = channel.at & SIDE, rules.form, channel.origin
+    states = stream.states
+    for t in range(TILE):
+        code, prediction, reciprocal = work[CODE + at + t], work[PREDICTION + at + t], work[RECIPROCAL + at + t]
+        work[LOW + at + t] = place(edge(code, form, origin), prediction, reciprocal)
+        work[HIGH + at + t] = place(edge(narrow(code + 1), form, origin), prediction, reciprocal)
+    look_up_edges(work, rules.cdf[channel.table], at)
+    for t in range(TILE):
+        slot = narrow(states[t] & np.uint32(0xFFFF))
+        inside = rank(work[CODE + at + t]) < zone_end(work[CLASS + at + t], form, origin)
+        missed = (slot < work[LOW + at + t]) | (slot >= work[HIGH + at + t]) | inside | (work[CLASS + at + t] < 0)
+        work[KIND + at + t] = narrow(missed)
     seconds = 0
     for t in range(count):
-        slot = np.int64(lanes.states[t] & np.uint32(65535))
-        kind[t] = 0
-        if classes[t] == CERTAIN:
-            low[t], high[t] = 0, TAIL
-        end = zone(classes[t], form, origin)[1]
-        code = codes[t]
-        if slot < low[t] or slot >= high[t] or (classes[t] != CERTAIN and (code if code >= 0 else -1 - code) < end):
-            reciprocal = tables.reciprocal[classes[t]]
-            if slot >= TAIL:
-                kind[t], low[t], high[t] = 2, TAIL, 65536
-                seconds += 1
-                continue
-            low[t] = cumulative(edge(-end, form, origin), predictions[t], reciprocal, cdf)
-            high[t] = cumulative(edge(end, form, origin), predictions[t], reciprocal, cdf)
-            if slot >= low[t] and slot < high[t]:
-                kind[t] = 1
-                seconds += 1
-                continue
-            codes[t] = find(slot, code, predictions[t], reciprocal, cdf, form, origin)
-            low[t] = cumulative(edge(codes[t], form, origin), predictions[t], reciprocal, cdf)
-            high[t] = cumulative(edge(codes[t] + 1, form, origin), predictions[t], reciprocal, cdf)
-    for t in range(count):
-        advance(lanes, t, low[t], high[t] - low[t])
+        if work[KIND + at + t]:
+            seconds += correct(t, channel, narrow(states[t] & np.uint32(0xFFFF)), rules, work)
+    advance_all(at, count, stream, work)
     if seconds:
-        decode_seconds(lanes, predictions, classes, cdf, tables, form, origin, codes)
+        decode_seconds(channel, count, stream, rules, work)
+
+
+PLAIN_SYMBOL, ZONE_SYMBOL, TAIL_SYMBOL, RAW_SYMBOL = range(4)
 
 
 @compiled
-def decode_seconds(
-    lanes: Lanes,
-    predictions: Integers,
-    classes: Integers,
-    cdf: Integers,
-    tables: Tables,
-    form: Format,
-    origin: int,
-    codes: Codes,
-) -> None:
+def correct(t: int, channel: Channel, slot: int, rules: Rules, work: Codes) -> int:
+    """Find a token's symbol where the guess was no good; returns 1 where it takes a second symbol."""
+    at, form, origin, cdf = channel.at & SIDE, rules.form, channel.origin, rules.cdf[channel.table]
+    if slot >= TAIL:
+        work[KIND + at + t], work[LOW + at + t], work[HIGH + at + t] = TAIL_SYMBOL, TAIL, 65536
+        return 1
+    if work[CLASS + at + t] == CERTAIN:
+        work[KIND + at + t], work[LOW + at + t], work[HIGH + at + t] = PLAIN_SYMBOL, 0, TAIL
+        return 0
+    prediction, reciprocal = work[PREDICTION + at + t], work[RECIPROCAL + at + t]
+    end = zone_end(work[CLASS + at + t], form, origin)
+    low = cumulative(edge(-end, form, origin), prediction, reciprocal, cdf)
+    high = cumulative(edge(end, form, origin), prediction, reciprocal, cdf)
+    kind = ZONE_SYMBOL
+    if slot < low or slot >= high:
+        kind = PLAIN_SYMBOL
+        code = find(slot, work[CODE + at + t], prediction, reciprocal, cdf, form, origin)
+        low = cumulative(edge(code, form, origin), prediction, reciprocal, cdf)
+        high = cumulative(edge(code + 1, form, origin), prediction, reciprocal, cdf)
+        work[CODE + at + t] = code
+    work[KIND + at + t], work[LOW + at + t], work[HIGH + at + t] = kind, low, high
+    return kind
+
+
+@compiled
+def advance_all(at: int, count: int, stream: Stream, work: Codes) -> None:
+    """Take each token's symbol off its state, and a word from the stream where the state ran low."""
+    at, states, words = at & SIDE, stream.states, stream.words
+    first = min(stream.read[0], words.shape[0] - TILE)
+    taken = 0
+    for t in range(TILE):
+        size = np.uint32(narrow(work[HIGH + at + t] - work[LOW + at + t]))
+        state = states[t]
+        rest = np.uint32((state & np.uint32(0xFFFF)) - np.uint32(work[LOW + at + t]))
+        states[t] = np.uint32(np.uint32(size * (state >> np.uint32(16))) + rest)
+    for t in range(count):
+        state = states[t]
+        runs_low = int(state < np.uint32(65536))  # arithmetic for a branch that nobody can predict
+        word = np.uint32(words[first + taken]) * np.uint32(runs_low)
+        states[t] = np.uint32(np.uint32(state << np.uint32(runs_low << 4)) | word)
+        taken += runs_low
+    stream.read[0] += taken
+
+
+@inlined
+def advance(stream: Stream, token: int, low: int, size: int) -> None:
+    """Take one symbol off one token's state, as `advance_all` does."""
+    state = stream.states[token]
+    state = np.uint32(np.uint32(size) * (state >> np.uint32(16)) + (state & np.uint32(65535)) - np.uint32(low))
+    if state < np.uint32(65536):
+        word = stream.words[min(stream.read[0], stream.words.shape[0] - 1)]
+        state = np.uint32((state << np.uint32(16)) | np.uint32(word))
+        stream.read[0] += 1
+    stream.states[token] = state
+
+
+@compiled
+def decode_seconds(channel: Channel, count: int, stream: Stream, rules: Rules, work: Codes) -> None:
     """Decode the second symbols of a channel, then its raw codes."""
-    for t in range(predictions.shape[0]):
-        slot = np.int64(lanes.states[t] & np.uint32(65535))
-        if lanes.kind[t] == 1:
-            finer, end = zone(classes[t], form, origin)
+    at, form, origin, cdf = channel.at & SIDE, rules.form, channel.origin, rules.cdf[channel.table]
+    for t in range(count):
+        slot = narrow(stream.states[t] & np.uint32(0xFFFF))
+        scale = work[CLASS + at + t]
+        if work[KIND + at + t] == ZONE_SYMBOL:
             if slot == 32767 or slot == 32768:
-                lanes.kind[t] = 3
-                advance(lanes, t, 32767, 2)
+                work[KIND + at + t] = RAW_SYMBOL
+                advance(stream, t, 32767, 2)
             else:
-                codes[t] = find_in_zone(slot - 32768, end, form, origin - finer)
-                low = edge(codes[t], form, origin - finer)
-                advance(lanes, t, low + 32768, edge(codes[t] + 1, form, origin - finer) - low)
-        elif lanes.kind[t] == 2:
-            if slot >= TAIL or classes[t] == CERTAIN:
-                lanes.kind[t] = 3
-                if classes[t] != CERTAIN:
-                    advance(lanes, t, TAIL, 65536 - TAIL)
+                finer = zone_origin(scale, form, origin)
+                code = find_in_zone(slot - 32768, zone_end(scale, form, origin), form, finer)
+                low = edge(code, form, finer)
+                advance(stream, t, low + 32768, edge(code + 1, form, finer) - low)
+                work[CODE + at + t] = code
+        elif work[KIND + at + t] == TAIL_SYMBOL:
+            if slot >= TAIL or scale == CERTAIN:
+                work[KIND + at + t] = RAW_SYMBOL
+                if scale != CERTAIN:
+                    advance(stream, t, TAIL, 65536 - TAIL)
             else:
-                reciprocal = tables.reciprocal[classes[t] + WIDER]
-                codes[t] = find(slot, codes[t], predictions[t], reciprocal, cdf, form, origin)
-                low = cumulative(edge(codes[t], form, origin), predictions[t], reciprocal, cdf)
-                high = cumulative(edge(codes[t] + 1, form, origin), predictions[t], reciprocal, cdf)
-                advance(lanes, t, low, high - low)
-    for t in range(predictions.shape[0]):
-        if lanes.kind[t] == 3:
-            slot = np.int64(lanes.states[t] & np.uint32(65535))
-            codes[t] = np.int32(slot - 32768)
-            advance(lanes, t, slot, 1)
-
-
-class Symbols(NamedTuple):
-    """What an encoder writes, [channels, tokens] of uint16 each: first and second symbols as (low, size), size 0: none.
-
-    A second size of 0xFFFF stands for "raw at once": it is no size that a symbol can have.
-    """
-
-    low: npt.NDArray[np.uint16]
-    size: npt.NDArray[np.uint16]
-    second_low: npt.NDArray[np.uint16]
-    second_size: npt.NDArray[np.uint16]
-
-
-AT_ONCE = 0xFFFF
-
-
-@compiled
-def record_column(
-    symbols: Symbols,
-    row: int,
-    start: int,
-    predictions: Integers,
-    classes: Integers,
-    known: Codes,
-    table: int,
-    tables: Tables,
-    form: Format,
-    origin: int,
-    codes: Codes,
-) -> None:
-    """Record the symbols of one channel's codes [tokens]. `known` are the codes where a class is CERTAIN."""
-    cdf = tables.cdf[table]
-    for t in range(predictions.shape[0]):
-        code, at, scale = codes[t], start + t, classes[t]
-        symbols.second_size[row, at] = 0
-        if scale == CERTAIN:
-            right = code == known[t]
-            symbols.low[row, at] = 0 if right else TAIL
-            symbols.size[row, at] = TAIL if right else 65536 - TAIL
-            symbols.second_size[row, at] = 0 if right else AT_ONCE
-            continue
-        reciprocal = tables.reciprocal[scale]
-        finer, end = zone(scale, form, origin)
-        inside = (code if code >= 0 else -1 - code) < end
-        first = -end if inside else code
-        last = end if inside else code + 1
-        low = cumulative(edge(first, form, origin), predictions[t], reciprocal, cdf)
-        high = cumulative(edge(last, form, origin), predictions[t], reciprocal, cdf)
-        if high > low:
-            symbols.low[row, at], symbols.size[row, at] = low, high - low
-            if inside:
-                low = edge(code, form, origin - finer)
-                high = edge(code + 1, form, origin - finer)
-                plain = high > low and (low >= 1 or high <= -1)
-                symbols.second_low[row, at] = low + 32768 if plain else 32767
-                symbols.second_size[row, at] = high - low if plain else 2
-            continue
-        symbols.low[row, at], symbols.size[row, at] = TAIL, 65536 - TAIL
-        reciprocal = tables.reciprocal[scale + WIDER]
-        low = cumulative(edge(code, form, origin), predictions[t], reciprocal, cdf)
-        high = cumulative(edge(code + 1, form, origin), predictions[t], reciprocal, cdf)
-        symbols.second_low[row, at] = low if high > low else TAIL
-        symbols.second_size[row, at] = high - low if high > low else 65536 - TAIL
-
-
-@inlined
-def needs_raw(symbols: Symbols, row: int, at: int) -> bool:
-    """Whether a code's symbols end in its 16 raw bits."""
-    if symbols.second_size[row, at] == AT_ONCE:
-        return True
-    if symbols.low[row, at] == TAIL:
-        return bool(symbols.second_low[row, at] == TAIL)
-    return bool(symbols.second_size[row, at] == 2 and symbols.second_low[row, at] == 32767)
-
-
-@inlined
-def put(
-    states: npt.NDArray[np.uint32], token: int, low: int, size: int, words: npt.NDArray[np.uint16], end: int
-) -> int:
-    """Put a symbol onto a token's state, a word before `end` where the state would overflow; returns the new end."""
-    state = np.uint64(states[token])
-    if state >= np.uint64(size) << np.uint64(16):
-        end -= 1
-        words[end] = np.uint16(state & np.uint64(65535))
-        state >>= np.uint64(16)
-    states[token] = np.uint32(((state // np.uint64(size)) << np.uint64(16)) + state % np.uint64(size) + np.uint64(low))
-    return end
-
-
-@compiled
-def write_rows(
-    symbols: Symbols,
-    first: int,
-    last: int,
-    start: int,
-    stop: int,
-    codes: Codes,
-    states: npt.NDArray[np.uint32],
-    words: npt.NDArray[np.uint16],
-    end: int,
-) -> int:
-    """Write the rows [first, last) of tokens [start, stop) before `end`, last symbol first; returns the new end."""
-    for row in range(last - 1, first - 1, -1):
-        for t in range(stop - 1, start - 1, -1):
-            if needs_raw(symbols, row, t):
-                end = put(states, t, np.int64(codes[row, t]) + 32768, 1, words, end)
-        for t in range(stop - 1, start - 1, -1):
-            if symbols.second_size[row, t] not in (0, AT_ONCE):
-                end = put(states, t, symbols.second_low[row, t], symbols.second_size[row, t], words, end)
-        for t in range(stop - 1, start - 1, -1):
-            end = put(states, t, symbols.low[row, t], symbols.size[row, t], words, end)
-    return end
+                prediction, reciprocal = work[PREDICTION + at + t], rules.reciprocal[(scale + WIDER) & 255]
+                code = find(slot, work[CODE + at + t], prediction, reciprocal, cdf, form, origin)
+                low = cumulative(edge(code, form, origin), prediction, reciprocal, cdf)
+                high = cumulative(edge(code + 1, form, origin), prediction, reciprocal, cdf)
+                advance(stream, t, low, high - low)
+                work[CODE + at + t] = code
+    for t in range(count):
+        if work[KIND + at + t] == RAW_SYMBOL:
+            slot = narrow(stream.states[t] & np.uint32(0xFFFF))
+            work[CODE + at + t] = slot - 32768
+            advance(stream, t, slot, 1)

@@ -19,33 +19,34 @@ It knows no file and no model: its knowledge of the model is a pack.
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from kvbuy.codec import Coder, Encoded
 from kvbuy.codec.arrays import Array
-from kvbuy.codec.column import AT_ONCE, CLASSES, RECIPROCALS, TAIL, WIDER, Lanes, Symbols, Tables, write_rows
+from kvbuy.codec.column import CLASSES, RECIPROCALS, SCRATCH, Rules, Stream
 from kvbuy.codec.fast import decode_tensors, encode_tensors
-from kvbuy.codec.grid import GRIDS, Codes, Format, from_codes, to_codes
+from kvbuy.codec.grid import GRIDS, Codes, Format, Halves
 from kvbuy.codec.pack import LONGEST, Pack
-from kvbuy.codec.repeats import cut_tiles, find_repeats
-from kvbuy.codec.walk import STEADY, TURN, Floats, Layer, Memory, Pair, Tokens, Turns, decode_tile, record_tile
+from kvbuy.codec.record import Symbols, Target, weigh_rows, write_rows
+from kvbuy.codec.repeats import TILE, cut_tiles, find_repeats
+from kvbuy.codec.walk import STEADY, TURN, Floats, Layer, Memory, Tile, Turns, decode_tile, record_tile
 from kvbuy.errors import DamagedError, UsageError
 
 Integers = npt.NDArray[np.int64]
+Number = TypeVar("Number", bound=np.generic)
+INFORMATION = (16 - np.log2(np.maximum(np.arange(1 << 16), 1))).astype(np.float32)  # bits, by a symbol's size
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A layer of a tile, ready to be walked: document tokens [start, end), and what `decode_tile` takes first."""
+    """A layer of a tile, ready to be walked: its rows and tokens in the block, and what the walk takes first."""
 
-    layer: int
-    start: int
-    end: int
-    features: Floats
-    arguments: tuple[int, Floats, Floats, Layer, Turns, Tokens, Memory, Tables, Format, Pair]
+    rows: slice
+    tokens: slice
+    arguments: tuple[Layer, Tile, Memory, Rules, Codes]
 
 
 class DenseCoder(Coder):
@@ -63,14 +64,14 @@ class DenseCoder(Coder):
         self.predictors = [Predictor.of(pack, index) for index in range(len(facts.layers))]
         self.rows = np.cumsum([0] + [layer.channels for layer in facts.layers])
         self.repeats = find_repeats(token_ids, block_size)
-        self.tables = _tables(pack)
+        self.rules = _rules(pack, self.grid.format)
         self.memories = [self._memory(index) for index in range(len(facts.layers))]
         self.progress = Progress()
 
     def encode_block(self, index: int, tensors: Sequence[Array]) -> Encoded:
         """Encode a block's key and value arrays [heads, rows, dim]."""
         upper, lower = self._split(tensors)
-        symbols = Symbols(*(np.empty(upper.shape, np.uint16) for _ in range(4)))
+        symbols = _symbols(upper.shape)
         self._record(index, upper, symbols)
         data = b"".join([b"\x01", *self._write(symbols, upper), lower.astype("<u2").tobytes()])
         plain = encode_tensors(tensors)
@@ -89,7 +90,7 @@ class DenseCoder(Coder):
             if mode == 0:
                 decode_tensors(data[1:], tensors)
                 upper, _ = self._split(tensors)
-                self._record(index, upper, Symbols(*(np.empty(upper.shape, np.uint16) for _ in range(4))))
+                self._record(index, upper, _symbols(upper.shape))
             elif mode == 1:
                 self._decode(index, data[1:], tensors)
             else:
@@ -102,48 +103,48 @@ class DenseCoder(Coder):
         """A block will never be decoded: those that wait for it raise DamagedError."""
         self.progress.fail()
 
-    def _record(self, index: int, upper: Codes, symbols: Symbols) -> None:
-        """Walk a block whose codes [rows, tokens] are known."""
-        origin = index * self.block_size
+    def _record(self, index: int, upper: Halves, symbols: Symbols) -> None:
+        """Walk a block whose bits [rows, tokens] are known."""
         for step in self._steps(index):
-            rows, at = slice(self.rows[step.layer], self.rows[step.layer + 1]), step.start - origin
-            codes = np.ascontiguousarray(upper[rows, at : step.end - origin])
-            record_tile(*step.arguments, codes, symbols, int(rows.start), at)
+            bits = np.ascontiguousarray(upper[step.rows, step.tokens])
+            first = Target(int(step.rows.start), int(step.tokens.start), bits.shape[1])
+            record_tile(*step.arguments, bits, symbols, first)
 
-    def _write(self, symbols: Symbols, codes: Codes) -> list[bytes]:
+    def _write(self, symbols: Symbols, upper: Halves) -> list[bytes]:
         """The recorded symbols as a count of words, states, and words."""
-        count = codes.shape[1]
-        states, words = np.full(count, 1 << 16, np.uint32), np.empty(3 * codes.size + 1, np.uint16)
+        count = upper.shape[1]
+        states, words = np.full(count, 1 << 16, np.uint32), np.empty(3 * upper.size + 2, np.uint16)
         end = len(words)
         for low, high in reversed(list(zip(self.rows[:-1], self.rows[1:], strict=True))):
             for start, stop in reversed(cut_tiles(count, self.block_size)):
-                end = write_rows(symbols, int(low), int(high), start, stop, codes, states, words, end)
+                end = write_rows(symbols, (int(low), int(high)), (start, stop), upper, states, words, end)
         used = words[end:].astype("<u2")
         return [len(used).to_bytes(4, "little"), states.astype("<u4").tobytes(), used.tobytes()]
 
     def _decode(self, index: int, data: memoryview, tensors: Sequence[Array]) -> None:
-        origin, count = index * self.block_size, tensors[0].shape[1]
+        count = tensors[0].shape[1]
         states, words, lower = self._parse(data, count)
         read = np.zeros(1, np.int64)
-        codes = np.empty((int(self.rows[-1]), count), np.int32)
+        upper = np.empty((int(self.rows[-1]), count), np.uint16)
         for step in self._steps(index):
-            low, high = step.start - origin, step.end - origin
-            tile = np.zeros((len(step.features), high - low), np.int32)
-            decode_tile(*step.arguments, _lanes(states[low:high], words, read), tile)
-            codes[self.rows[step.layer] : self.rows[step.layer + 1], low:high] = tile
-        if int(read[0]) != len(words):
+            state, part = _padded(states[step.tokens]), upper[step.rows, step.tokens]
+            tile = np.empty(part.shape, np.uint16)
+            decode_tile(*step.arguments, Stream(state, words, read), tile)
+            part[:] = tile
+            states[step.tokens] = state[: part.shape[1]]
+        if int(read[0]) != len(words) - TILE:
             raise DamagedError("a dense block does not end where its data ends")
-        self._join(codes, lower, tensors)
+        self._join(upper, lower, tensors)
 
     def _parse(self, data: memoryview, count: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-        """States [tokens], words, and lower halves [rows, tokens] (no rows where the dtype has none)."""
+        """States [tokens], words and TILE more, and lower halves [rows, tokens] (no rows where the dtype has none)."""
         rows = int(self.rows[-1]) if self.grid.raw_bits else 0
         words = int.from_bytes(data[:4], "little")
         if len(data) != 4 + 4 * count + 2 * words + 2 * rows * count or not words:
             raise DamagedError("a dense block has another size than its words need")
         states = np.frombuffer(data, "<u4", count, offset=4).astype(np.uint32)
         body = np.frombuffer(data, "<u2", offset=4 + 4 * count).astype(np.uint16)
-        return states, body[:words], body[words:].reshape(rows, count)
+        return states, np.append(body[:words], body[words - 1].repeat(TILE)), body[words:].reshape(rows, count)
 
     def _steps(self, index: int) -> Iterator[Step]:
         """The block's walk: every layer from the bottom, tile after tile, behind the block before."""
@@ -152,6 +153,7 @@ class DenseCoder(Coder):
         tiles = [(origin + low, origin + high) for low, high in cut_tiles(end - origin, self.block_size)]
         state = [self._tokens_state(start, stop) for start, stop in tiles]
         below: list[Floats] = []
+        scratch = np.zeros(SCRATCH, np.int32)
         for layer, predictor in enumerate(self.predictors):
             self.progress.wait_for(index - 1, layer)
             channels, depth = predictor.layer.chain.shape[0], self.pack.facts.depth
@@ -161,25 +163,33 @@ class DenseCoder(Coder):
             features = np.empty_like(sums)
             for (start, stop), (turns, energy, boost) in zip(tiles, state, strict=True):
                 part = slice(start - origin, stop - origin)
-                tile = np.empty((channels, stop - start), np.float32)
-                tokens = Tokens(energy, boost, *self._repeats(predictor, start, stop))
-                memory, pair = self.memories[layer], _scratch(stop - start)
-                known = (start, np.ascontiguousarray(sums[:, part]), tile, predictor.layer, turns, tokens, memory)
-                yield Step(layer, start, stop, tile, (*known, self.tables, self.grid.format, pair))
-                features[:, part] = tile
+                tile = Tile(
+                    start,
+                    stop - start,
+                    _padded(sums[:, part]),
+                    np.empty((channels, TILE), np.float32),
+                    turns,
+                    energy,
+                    boost,
+                    *self._repeats(layer, start, stop),
+                )
+                rows = slice(self.rows[layer], self.rows[layer + 1])
+                yield Step(rows, part, (predictor.layer, tile, self.memories[layer], self.rules, scratch))
+                features[:, part] = tile.features[:, : stop - start]
             below = [*below, features][-max(depth, 1) :]
             self.progress.advance(index)
 
-    def _tokens_state(self, start: int, end: int) -> tuple[Turns, Integers, Integers]:
+    def _tokens_state(self, start: int, end: int) -> tuple[Turns, Codes, Codes]:
         """What a tile's tokens carry from layer to layer: turns, energy, boost."""
-        turns = _turns(self.pack, start, end)
-        return turns, np.full(end - start, STEADY, np.int64), np.zeros(end - start, np.int64)
+        return _turns(self.pack, start, end), np.full(TILE, STEADY, np.int32), np.zeros(TILE, np.int32)
 
-    def _repeats(self, predictor: "Predictor", start: int, end: int) -> tuple[Integers, Integers, Integers, Integers]:
-        """The gain and narrowing [2, tokens] of a tile's repeats in a layer, their positions, and known positions."""
-        order = self.repeats.order[start:end]
-        gain, narrowing = (np.ascontiguousarray(predictor.repeats[:, order, at]) for at in (0, 1))
-        return gain, narrowing, self.repeats.position[start:end], self.repeats.known[start:end]
+    def _repeats(self, layer: int, start: int, end: int) -> tuple[Codes, Codes, Codes, Codes, Codes]:
+        """What a tile's repeats are in a layer: gain, narrowing, position, known position, who is heard."""
+        gains, order = self.predictors[layer].repeats, self.repeats.order[start:end]
+        known = self.repeats.known[start:end] if layer == 0 and self.pack.facts.alone else np.full(end - start, -1)
+        gain, narrowing, position = gains[:, order, 0], gains[:, order, 1], self.repeats.position[start:end]
+        known, heard = _padded(known.astype(np.int32), -1), _padded((known >= 0).astype(np.int32) - 1)
+        return _padded(gain), _padded(narrowing), _padded(position.astype(np.int32)), known, heard
 
     def _memory(self, index: int) -> Memory:
         count = self.pack.facts.layers[index].channels
@@ -187,17 +197,16 @@ class DenseCoder(Coder):
         values, codes = np.zeros((count, alone), np.int32), np.zeros((count, alone), np.int32)
         return Memory(np.zeros((count, self.tokens), np.int8), values, codes)
 
-    def _split(self, tensors: Sequence[Array]) -> tuple[Codes, npt.NDArray[np.uint16]]:
-        """A block's codes [rows, tokens] in coding order, and lower halves alike (no rows where there are none)."""
+    def _split(self, tensors: Sequence[Array]) -> tuple[Halves, Halves]:
+        """A block's bits [rows, tokens] in coding order, and lower halves alike (no rows where there are none)."""
         bits = np.concatenate([_channels(pair)[one.order] for pair, one in self._by_layer(tensors)])
-        lower = bits.astype(np.uint16) if self.grid.raw_bits else np.empty((0, bits.shape[1]), np.uint16)
-        return to_codes(bits, self.grid), lower
+        if self.grid.raw_bits:
+            return (bits >> 16).astype(np.uint16), bits.astype(np.uint16)
+        return bits, np.empty((0, bits.shape[1]), np.uint16)
 
-    def _join(self, codes: Codes, lower: npt.NDArray[np.uint16], tensors: Sequence[Array]) -> None:
+    def _join(self, upper: Halves, lower: Halves, tensors: Sequence[Array]) -> None:
         """Undo `_split` into a block's arrays."""
-        bits = from_codes(codes, self.grid)
-        if len(lower):
-            bits |= lower
+        bits: Array = upper.astype(np.uint32) << 16 | lower if self.grid.raw_bits else upper
         for (pair, one), start in zip(self._by_layer(tensors), self.rows, strict=False):
             natural = np.empty((len(one.order), bits.shape[1]), bits.dtype)
             natural[one.order] = bits[start : start + len(one.order)]
@@ -212,12 +221,9 @@ class DenseCoder(Coder):
 
     def _costs(self, symbols: Symbols, *, raw_bytes: int) -> tuple[float, ...]:
         """What each tensor costs, in bytes: its symbols' information, and `raw_bytes` a row."""
-        first = 16 - np.log2(symbols.size.astype(np.float64))
-        second = np.where(symbols.second_size == AT_ONCE, 1, np.maximum(symbols.second_size, 1)).astype(np.float64)
-        rest = np.where(symbols.second_size > 0, 16 - np.log2(second), 0)
-        raw = (symbols.low == TAIL) & (symbols.second_low == TAIL)
-        raw |= (symbols.second_size == 2) & (symbols.second_low == 32767)
-        rows = (first + rest + 16 * raw).sum(axis=1) / 8 + raw_bytes
+        rows = np.empty(int(self.rows[-1]))
+        weigh_rows(symbols, INFORMATION, rows)
+        rows = rows / 8 + raw_bytes
         costs = []
         for start, one in zip(self.rows, self.predictors, strict=False):
             values = one.layer.table.repeat(2) == 1
@@ -237,23 +243,23 @@ class Predictor:
     layer: Layer
     order: Integers
     below: Floats
-    repeats: Integers
+    repeats: Codes
 
     @classmethod
     def of(cls, pack: Pack, index: int) -> "Predictor":
         """Take a layer out of a pack."""
         shape = pack.facts.layers[index]
-        pairs, weights = pack.layer(index, "pairs").astype(np.int64), pack.layer(index, "weights").astype(np.float32)
+        pairs, weights = pack.layer(index, "pairs"), pack.layer(index, "weights").astype(np.float32)
         layer = Layer(
             chain=np.ascontiguousarray(weights[:, -shape.channels :]),
-            channels=pack.layer(index, "channels").astype(np.int64),
-            origin=pack.layer(index, "origin").astype(np.int64),
+            channels=pack.layer(index, "channels"),
+            origin=pack.layer(index, "origin").astype(np.int32),
             frequency=np.ascontiguousarray(pairs[:, 2]),
-            table=(pairs[:, 0] >= shape.heads * shape.key_dim).astype(np.int64),
-            classes=pack.layer(index, "classes").astype(np.int64),
+            table=(pairs[:, 0] >= shape.heads * shape.key_dim).astype(np.int32),
+            classes=pack.layer(index, "classes").astype(np.int32),
         )
         below = np.ascontiguousarray(weights[:, : -shape.channels])
-        return cls(layer, pairs[:, :2].ravel(), below, pack.layer(index, "repeats").astype(np.int64))
+        return cls(layer, pairs[:, :2].ravel().astype(np.int64), below, pack.layer(index, "repeats").astype(np.int32))
 
 
 class Progress:
@@ -298,18 +304,21 @@ def _turns(pack: Pack, start: int, end: int) -> Turns:
     sine = (coarse[..., 1] * fine[..., 0] + coarse[..., 0] * fine[..., 1]) >> (60 - TURN)
     still = np.ones((1, end - start), np.int64)
     cosine, sine = np.concatenate([cosine, still << TURN]), np.concatenate([sine, 0 * still])
-    return Turns(cosine, sine, np.minimum((cosine * cosine) >> (2 * TURN - 6), 63))
+    cosine, sine = (np.clip(one, -1 << TURN, 1 << TURN).astype(np.int32) for one in (cosine, sine))
+    square = np.minimum((cosine * cosine) >> (2 * TURN - 6), 63)
+    return Turns(_padded(cosine), _padded(sine), _padded(square))
 
 
-def _tables(pack: Pack) -> Tables:
+def _rules(pack: Pack, form: Format) -> Rules:
     cdf = pack.tensors["distributions"].astype(np.int64)
     slots = np.arange(0, 65537, 64)
     steps = np.arange(1025) * 256 - (1 << 17)
-    guess = np.stack([np.interp(slots, *_rising(table, steps)) for table in cdf]).astype(np.int64)
-    reciprocal = np.array([RECIPROCALS[scale % 8] >> scale // 8 for scale in range(CLASSES[1] + WIDER + 1)])
-    return Tables(
-        cdf, guess, reciprocal, pack.tensors["energy"].astype(np.int64), pack.tensors["known"].astype(np.int64)
-    )
+    guess = np.stack([np.interp(slots, *_rising(table, steps)) for table in cdf]).astype(np.int32)
+    packed = (cdf[:, :-1] | np.diff(cdf, axis=1) << 16).astype(np.uint32).view(np.int32)
+    octaves = [max(scale, CLASSES[0]) // 8 - 5 for scale in range(256)]
+    reciprocal = np.array([RECIPROCALS[scale % 8] >> octave for scale, octave in enumerate(octaves)], np.int32)
+    known = np.clip(pack.tensors["known"].astype(np.int32), *CLASSES)
+    return Rules(form, packed, guess, reciprocal, pack.tensors["energy"].astype(np.int32), known)
 
 
 def _rising(table: Integers, steps: Integers) -> tuple[Integers, Integers]:
@@ -318,15 +327,13 @@ def _rising(table: Integers, steps: Integers) -> tuple[Integers, Integers]:
     return table[keep], steps[keep]
 
 
-def _scratch(count: int) -> Pair:
-    def numbers() -> Integers:
-        return np.zeros((2, count), np.int64)
+def _padded(array: npt.NDArray[Number], idle: int = 0) -> npt.NDArray[Number]:
+    """A copy, with the last axis made TILE long."""
+    padded = np.full((*array.shape[:-1], TILE), idle, array.dtype)
+    padded[..., : array.shape[-1]] = array
+    return padded
 
-    codes = np.zeros((2, count), np.int32)
-    return Pair(plain=numbers(), prediction=numbers(), classes=numbers(), values=numbers(), codes=codes)
 
-
-def _lanes(states: npt.NDArray[np.uint32], words: npt.NDArray[np.uint16], read: Integers) -> Lanes:
-    low, high, kind = (np.zeros(len(states), np.int64) for _ in range(3))
-    floats = np.zeros(len(states), np.float32)
-    return Lanes(states, words, read, low, high, kind, floats, floats.view(np.int32))
+def _symbols(shape: tuple[int, ...]) -> Symbols:
+    low, size, second_low, second_size = (np.zeros(shape, np.uint16) for _ in range(4))
+    return Symbols(low, size, second_low, second_size)

@@ -128,7 +128,7 @@ class Fit:
         rounded = np.round(weights * 2.0 ** octave[:, None])
         octave -= np.abs(rounded).sum(axis=1) > limit  # (more than a thousand large weights: halve them)
         rounded = np.round(weights * 2.0 ** octave[:, None])
-        mean = np.clip(np.round(self._mean[index] / 2.0**unit), -(2.0**30), 2.0**30).astype(np.int64)
+        mean = np.clip(np.round(self._mean[index] / 2.0**unit), -(2.0**29), 2.0**29).astype(np.int64)
         return Draft(rounded.astype(np.int8), unit, mean, feature_shift, np.clip(feature_shift - octave, -20, 20))
 
     def _regress(self, index: int) -> tuple[Reals, Reals]:
@@ -199,17 +199,24 @@ class Tuning:
         values = pairs[:, 0] >= self._keys(index)
         repeats, factor = self._repeats(rest / scale[:, None], values.repeat(2))
         scale = scale * factor
-        memory_shift = np.clip(np.round(np.log2(scale / 16)), 0, 24)
+        memory_shift = np.clip(np.round(np.log2(scale / 16)), 0, 16)
         if index == 0:
             self.known = self._known(fixed, pairs) if alone else np.zeros((len(pairs), 2, 64), np.uint8)
         channels = np.stack(
-            [draft.mean, np.round(offset), draft.feature_shift, draft.weight_shift, memory_shift], axis=1
+            [
+                draft.mean,
+                np.clip(np.round(offset), -(2**28), 2**28),
+                draft.feature_shift,
+                draft.weight_shift,
+                memory_shift,
+            ],
+            axis=1,
         )
         form = self.fit.grid.format
         return {
             "pairs": pairs.astype(np.int32),
             "weights": draft.weights,
-            "channels": np.clip(channels, -(2**31), 2**31 - 1).astype(np.int32),
+            "channels": channels.astype(np.int32),
             "origin": np.clip(draft.unit[::2] + form.bias + form.mantissa + 1, -1024, 1024).astype(np.int16),
             "classes": _classes(scale, pairs, len(self.fit.angles)),
             "repeats": repeats,

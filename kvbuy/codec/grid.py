@@ -6,38 +6,42 @@ outside the infinities, so every bit pattern is a code. A code's **cell** is the
 Cells meet in **edges**: halfway between neighbours, or at the code itself where a format is cut off rather than
 rounded.
 
-Values and edges are 64-bit integers in fixed point. `origin` says which: it is the exponent field at which a mantissa
-with one bit more than the format's is taken as it stands; above it is shifted left, below it right. Magnitudes
-saturate at 2**30. Both maps are monotone, which is all that the coder needs; what is finer than the fixed point
-shares its edges.
+Values and edges are 32-bit integers in fixed point. `origin` says which: it is the exponent field at which a mantissa
+with one bit more than the format's is taken as it stands; above it is shifted left, below it right. Magnitudes stay
+below 2**29: greater floats are taken for the greatest below. Both maps are monotone, which is all that the coder
+needs; what is finer than the fixed point shares its edges.
 
 float32 is cut into its upper 16 bits, which are coded like a bfloat16, and its lower 16, which are noise and stay raw.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numba
 import numpy as np
 import numpy.typing as npt
+from numba.extending import intrinsic
 
 from kvbuy.manifest import FloatType
 
 Codes = npt.NDArray[np.int32]
+Halves = npt.NDArray[np.uint16]  # bit patterns: of 16-bit floats, or the upper halves of float32
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+narrow = cast(Callable[[Any], int], np.int32)  # compiled integers grow to 64 bits, which are slow, unless cut at once
 
 
 def compiled(function: Function) -> Function:
-    """Compile a function of integers. (Its floats are integers below 2**24: sums in any order are the same.)"""
-    compiler: Callable[[Function], Function] = numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc"})
-    return compiler(function)
+    """Compile a function of integers. (Its floats are guesses, or integers below 2**24: any order of sums will do.)"""
+    compiler = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
+    return cast(Function, compiler(function))
 
 
 def inlined(function: Function) -> Function:
     """Compile a function into its callers."""
-    compiler: Callable[[Function], Function] = numba.njit(inline="always")
-    return compiler(function)
+    compiler = numba.njit(nogil=True, forceinline=True, error_model="numpy", fastmath={"contract", "reassoc"})
+    return cast(Function, compiler(function))
 
 
 class Format(NamedTuple):
@@ -67,38 +71,91 @@ GRIDS: dict[FloatType, Grid] = {
 }
 
 
-def to_codes(bits: npt.NDArray[Any], grid: Grid) -> Codes:
-    """The codes of bit patterns (unsigned integers of any shape)."""
-    upper = (bits >> grid.raw_bits).astype(np.int32)
-    return np.where(upper < 32768, upper, 32767 - upper).astype(np.int32)
+def _shift(name: str) -> Callable[[int, int], int]:
+    """A shift by less than 32 of a number of 32 bits, in 32 bits: one instruction, also for vectors."""
+
+    def shift(_context: Any, _number: Any, _by: Any) -> Any:
+        def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            number, by = arguments
+            return getattr(builder, name)(number, builder.and_(by, by.type(31)))
+
+        return numba.int32(numba.int32, numba.int32), build
+
+    shift.__name__ = name
+    return cast(Callable[[int, int], int], intrinsic(shift))
 
 
-def from_codes(codes: Codes, grid: Grid) -> npt.NDArray[Any]:
-    """The bit patterns of codes; low raw bits are zero."""
-    upper = np.where(codes >= 0, codes, 32767 - codes)
-    return upper.astype(np.uint16) if not grid.raw_bits else upper.astype(np.uint32) << np.uint32(grid.raw_bits)
+def _bits(_context: Any, number: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
+
+    return numba.int32(number), build
+
+
+shifted_up, shifted_down = _shift("shl"), _shift("ashr")  # down rounds towards minus infinity
+float_bits = cast(Callable[[Any], int], intrinsic(_bits))  # a float32's bit pattern
 
 
 @inlined
-def magnitude(half_code: int, bits: int, origin: int) -> int:
-    """The fixed point of a magnitude code with one mantissa bit more, `bits` in all."""
-    field = half_code >> bits
-    mantissa = np.uint64(half_code & ((1 << bits) - 1)) + (np.uint64(min(field, 1)) << np.uint64(bits))
-    shift = max(field, 1) - origin
-    left = np.uint64(min(max(shift, 0), 29 - bits))
-    right = np.uint64(min(max(-shift, 0), 31))
-    return np.int64((mantissa << left) >> right) if shift <= 29 - bits else np.int64(1 << 30)
+def lesser(one: int, other: int) -> int:
+    """The lesser of two numbers of 32 bits."""
+    a, b = narrow(one), narrow(other)
+    return a if a < b else b
+
+
+@inlined
+def greater(one: int, other: int) -> int:
+    """The greater of two numbers of 32 bits."""
+    a, b = narrow(one), narrow(other)
+    return a if a > b else b
+
+
+@inlined
+def clip(number: int, low: int, high: int) -> int:
+    """The nearest number in [low, high]; all are of 32 bits."""
+    return lesser(greater(number, low), high)
+
+
+@inlined
+def to_code(bits: int) -> int:
+    """The code of a 16-bit pattern."""
+    return narrow(bits) if narrow(bits) < 32768 else narrow(32767 - narrow(bits))
+
+
+@inlined
+def to_bits(code: int) -> int:
+    """The 16-bit pattern of a code."""
+    return narrow(code) if narrow(code) >= 0 else narrow(32767 - narrow(code))
+
+
+@inlined
+def magnitude(half_code: int, form: Format, origin: int) -> int:
+    """The fixed point of a magnitude code with one mantissa bit more than the format has."""
+    bits = form.mantissa + 1
+    top = narrow(origin + 28 - bits)  # the field of the greatest magnitudes: their mantissa ends below bit 29
+    half = lesser(half_code, greater(narrow(shifted_up(narrow(top + 1), bits) - 1), 0))
+    field = greater(shifted_down(half, bits), 1)
+    mantissa = narrow(half - shifted_up(narrow(field - 1), bits))
+    return shifted_down(shifted_up(mantissa, narrow(28 - bits)), clip(narrow(top - field), 0, 31))
 
 
 @inlined
 def edge(code: int, form: Format, origin: int) -> int:
     """The lower edge of a code's cell; the upper one is the next code's lower edge."""
-    size = magnitude(max(2 * abs(code) - form.centred, 0), form.mantissa + 1, origin)
-    return size if code >= 0 else -size
+    short = narrow(code)
+    size = magnitude(greater(narrow(2 * greater(short, narrow(-short)) - form.centred), 0), form, origin)
+    return size if short >= 0 else narrow(-size)
+
+
+@inlined
+def rank(code: int) -> int:
+    """A code's magnitude, as if it were positive: 0 for the two codes at zero."""
+    short = narrow(code)
+    return short if short >= 0 else narrow(-1 - short)
 
 
 @inlined
 def centre(code: int, form: Format, origin: int) -> int:
     """The middle of a code's cell: the value that prediction works with."""
-    size = magnitude(2 * (code if code >= 0 else -1 - code) + 1 - form.centred, form.mantissa + 1, origin)
-    return size if code >= 0 else -size
+    size = magnitude(narrow(2 * rank(code) + 1 - form.centred), form, origin)
+    return size if narrow(code) >= 0 else narrow(-size)

@@ -15,11 +15,11 @@ each full-attention layer N, with C channels in coding order (pairs of channels,
 and for all of them: `known` U8 [C/2, 2, 64], the scale at which a token repeats itself in a first layer that depends
 on the token alone; `distributions` I32 [2, 1025] for keys and values; `energy` I16 [512], the change of class by a
 token's energy; `rotation.coarse` I32 [rows, frequencies, 2] and `rotation.fine` I32 [64, frequencies, 2], cosines and
-sines over 2**30 of the angles of 64 r and r tokens. `kvbuy.codec.walk` and `kvbuy.codec.column` say what is done with
-them.
+sines over 2**30 of the angles of 64 r and r tokens. Scales are classes of `kvbuy.codec.column`, the nearest where there
+is none. `kvbuy.codec.walk` and `kvbuy.codec.column` say what is done with them.
 
 A pack decides how an artifact is decoded, not what is accepted: that is the block digest's work. Its shapes and ranges
-are checked when it is opened, so that arithmetic stays within 64 bits and feature sums below 2**24.
+are checked when it is opened, so that numbers stay within 32 bits and feature sums below 2**24.
 """
 
 import hashlib
@@ -253,7 +253,8 @@ def _check_layer(pack: Pack, index: int) -> None:
     _demand(not chain.transpose(0, 2, 1, 3)[later].any(), "weights")
     _demand(((channels[:, 2] >= 0) & (channels[:, 2] <= 31)).all(), "channels")
     _demand((np.abs(channels[:, 3]) <= 20).all(), "channels")
-    _demand(((channels[:, 4] >= 0) & (channels[:, 4] <= 24)).all(), "channels")
+    _demand(((channels[:, 4] >= 0) & (channels[:, 4] <= 16)).all(), "channels")
+    _demand((np.abs(channels[:, :2].astype(np.int64)) <= (2**29, 2**28)).all(), "channels")
     _demand((np.abs(pack.layer(index, "origin").astype(np.int32)) <= 1024).all(), "origin")
     _demand((pack.layer(index, "classes") <= 144).all(), "classes")
     _demand((np.abs(pack.layer(index, "repeats").astype(np.int32)) <= 64).all(), "repeats")
