@@ -32,6 +32,7 @@ from kvbuy.codec.grid import GRIDS, Codes, Format, Halves
 from kvbuy.codec.pack import LONGEST, Pack
 from kvbuy.codec.record import Symbols, Target, weigh_rows, write_rows
 from kvbuy.codec.repeats import TILE, cut_tiles, find_repeats
+from kvbuy.codec.single import single_threaded
 from kvbuy.codec.walk import STEADY, TURN, Floats, Layer, Memory, Tile, Turns, decode_tile, record_tile
 from kvbuy.errors import DamagedError, UsageError
 
@@ -72,7 +73,8 @@ class DenseCoder(Coder):
         """Encode a block's key and value arrays [heads, rows, dim]."""
         upper, lower = self._split(tensors)
         symbols = _symbols(upper.shape)
-        self._record(index, upper, symbols)
+        with single_threaded:
+            self._record(index, upper, symbols)
         data = b"".join([b"\x01", *self._write(symbols, upper), lower.astype("<u2").tobytes()])
         plain = encode_tensors(tensors)
         if len(plain.data) < len(data):
@@ -86,18 +88,22 @@ class DenseCoder(Coder):
             DamagedError: the data cannot be a block's, or a block before it was damaged.
         """
         try:
-            mode = data[0] if len(data) else -1
-            if mode == 0:
-                decode_tensors(data[1:], tensors)
-                upper, _ = self._split(tensors)
-                self._record(index, upper, _symbols(upper.shape))
-            elif mode == 1:
-                self._decode(index, data[1:], tensors)
-            else:
-                raise DamagedError("a dense block has an unknown mode")
+            with single_threaded:
+                self._decode_mode(index, data, tensors)
         except BaseException:
             self.abandon()
             raise
+
+    def _decode_mode(self, index: int, data: memoryview, tensors: Sequence[Array]) -> None:
+        mode = data[0] if len(data) else -1
+        if mode == 0:
+            decode_tensors(data[1:], tensors)
+            upper, _ = self._split(tensors)
+            self._record(index, upper, _symbols(upper.shape))
+        elif mode == 1:
+            self._decode(index, data[1:], tensors)
+        else:
+            raise DamagedError("a dense block has an unknown mode")
 
     def abandon(self) -> None:
         """A block will never be decoded: those that wait for it raise DamagedError."""

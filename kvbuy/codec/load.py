@@ -61,5 +61,6 @@ def refuse_foreign(pack: Pack, manifest: Manifest) -> None:
 
 def refuse_without_numba() -> None:
     """Raise UsageError where the extra `dense` is not installed."""
-    if find_spec("numba") is None:
-        raise UsageError("the codec dense needs numba, which is not here", hint="pip install 'kvbuy[dense]'")
+    for package in ("numba", "threadpoolctl"):
+        if find_spec(package) is None:
+            raise UsageError(f"the codec dense needs {package}, which is not here", hint="pip install 'kvbuy[dense]'")
