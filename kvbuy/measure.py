@@ -110,7 +110,7 @@ def find_coders(artifact: Artifact) -> tuple[dict[str, Coder], tuple[Absent, ...
             codec = with_sizes(plan_codec(name, manifest.fingerprint), manifest.decoded_sizes())
             coders[name] = open_coder(manifest.with_codec(codec), artifact.read_tokens())
         except (UsageError, PackError) as error:
-            absent.append(Absent(name, error.message))
+            absent.append(Absent(name, f"{error.message}; {error.hint}"))
     return coders, tuple(absent)
 
 

@@ -1,6 +1,6 @@
-"""The README's figures for codecs: .venv/bin/python scripts/bench_codecs.py ARTIFACT... [--repeats 5]
+"""The README's figures for codecs: .venv/bin/python scripts/bench_codecs.py DOCUMENT... [--tokens 3774] [--repeats 5]
 
-In one run for each artifact: every codec that is here on the same blocks, zipnn where it is installed, and the prefill
+In one run for each document's first tokens: every codec that is here on the same blocks, zipnn where it is installed, and the prefill
 that computes the same bytes again. Speeds are megabytes of KV a second of processor time: what one core does, whoever
 else uses the machine. Medians over repeats, and the range.
 """
@@ -8,6 +8,7 @@ else uses the machine. Medians over repeats, and the range.
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -19,9 +20,10 @@ from kvbuy.artifact import Artifact
 from kvbuy.cache import empty_cache
 from kvbuy.codec import Coder, Encoded
 from kvbuy.codec.arrays import Array
+from kvbuy.document import read_document
 from kvbuy.measure import find_coders, measure_codec, read_arrays
-from kvbuy.models import find_model_for
-from kvbuy.prefill import prefill
+from kvbuy.models import Model, load_model
+from kvbuy.prefill import precompute, prefill
 
 SLOW = ("raw", "zstd-3", "zstd-19")  # `kvbuy measure` has them
 PREFILL_TOKENS = 1024
@@ -57,9 +59,8 @@ def processor_seconds(work: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def bench_prefill(artifact: Artifact, repeats: int) -> dict[str, float]:
+def bench_prefill(model: Model, artifact: Artifact, repeats: int) -> dict[str, float]:
     """Megabytes of KV that a prefill of the document's beginning makes in a second of processor time."""
-    model = find_model_for(artifact.manifest).load("cpu")
     ids = artifact.read_tokens()[:PREFILL_TOKENS]
     size = len(ids) * artifact.manifest.kv_bytes() / artifact.manifest.document.tokens / 1e6
 
@@ -91,14 +92,20 @@ def summary(runs: Sequence[tuple[float, float, float]]) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifacts", nargs="+", type=Path)
+    parser.add_argument("documents", nargs="+")
+    parser.add_argument("--tokens", type=int, default=3774)
     parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
-    for path in arguments.artifacts:
-        artifact = Artifact.open(path)
-        facts = bench_codecs(artifact, arguments.repeats)
-        facts["prefill"] = bench_prefill(artifact, arguments.repeats)
-        print(json.dumps({path.name: facts}, indent=2))
+    parser.add_argument("--model")
+    options = parser.parse_args()
+    model = load_model(options.model)
+    for document in options.documents:
+        ids = model.tokenizer(read_document(document))["input_ids"][: options.tokens]
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "doc.kv.safetensors"
+            artifact = precompute(model.tokenizer.decode(ids), out, model=model, name="doc.txt").artifact
+            facts = bench_codecs(artifact, options.repeats)
+            facts["prefill"] = bench_prefill(model, artifact, options.repeats)
+        print(json.dumps({document: facts}, indent=2), flush=True)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,11 @@ LIGHT = [
     "cli",
     "economics",
     "render_measure",
+    "render_pack",
+    "cli_pack",
+    "options",
+    "whole",
+    "docstrings",
 ]
 REPORT = f"""
 import json, sys
@@ -79,6 +84,11 @@ def test_inspect_imports_nothing_heavy(flags: list[str], tmp_path: Path) -> None
 def test_convert_imports_no_torch(tmp_path: Path) -> None:
     artifact = write_artifact(tmp_path / "doc.kv.safetensors", *handmade())
     assert heavy_after(COMMAND, "convert", str(artifact.path)) == ["numpy"]
+
+
+def test_pack_ls_imports_no_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVBUY_CACHE", str(tmp_path))
+    assert heavy_after(COMMAND, "pack", "ls") == ["numpy"]
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["table", "json"])

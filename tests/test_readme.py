@@ -74,7 +74,7 @@ def test_every_relative_file_that_the_readme_names_exists() -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("program", ["scripts/bench.py", "scripts/gpu_check.py"])
+@pytest.mark.parametrize("program", ["scripts/bench.py", "scripts/bench_codecs.py", "scripts/gpu_check.py"])
 def test_a_benchmark_that_the_readme_names_starts(program: str) -> None:
     """It takes minutes, so only its imports and options are tried here."""
     assert program in README
