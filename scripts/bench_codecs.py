@@ -1,8 +1,8 @@
 """The README's figures for codecs: .venv/bin/python scripts/bench_codecs.py DOCUMENT... [--tokens 3774] [--repeats 5]
 
-In one run for each document's first tokens: every codec that is here on the same blocks, zipnn where it is installed, and the prefill
-that computes the same bytes again. Speeds are megabytes of KV a second of processor time: what one core does, whoever
-else uses the machine. Medians over repeats, and the range.
+In one run for each document's first tokens: every codec that is here on the same blocks, zipnn where it is installed,
+and the prefill that computes the same bytes again. Speeds are megabytes of KV a second of processor time: what one core
+does, whoever else uses the machine. Medians over repeats, and the range.
 """
 
 import argparse

@@ -88,7 +88,7 @@ def test_a_golden_artifact_s_tokens_and_text_are_what_plain_safetensors_reads(na
     assert artifact.read_text().encode() == raw_bytes(tensors["text"])
 
 
-# `golden/v1-fast/` and `golden/v1-dense/` are the same law in other codecs, written once from the files in `golden/v1/`.
+# `golden/v1-fast/` and `golden/v1-dense/` are the same law in other codecs, made once from the files in `golden/v1/`.
 # The packs beside the dense ones were fitted to the very blocks that they decode.
 
 CODED: dict[tuple[str, str], dict[str, Any]] = {
