@@ -14,7 +14,7 @@ from typing import BinaryIO, Literal, Self
 from blake3 import blake3
 
 from kvbuy.errors import DamagedError, ExistsError, StoreError
-from kvbuy.manifest import Manifest, StateTensor, Tensor, chain_blocks, parse_manifest
+from kvbuy.manifest import Manifest, StateTensor, Tensor, parse_manifest
 from kvbuy.whole import write_whole
 
 SUFFIX = ".kv.safetensors"
@@ -119,28 +119,6 @@ class Artifact:
         raw = bytearray(tensor.size)
         self._read_checked(tensor.name, tensor.start, [memoryview(raw)], digest=digest)
         return bytes(raw)
-
-    def check_blocks(self) -> None:
-        """Check every digest and the chain of block ids: is the artifact intact?
-
-        Raises:
-            DamagedError: it is not; the message says where.
-        """
-        tokens = self.read_tokens()
-        self.read_text()
-        if min(tokens) < 0:
-            raise DamagedError(f"{self.path.name}: a token id is negative")
-        manifest = self.manifest
-        digests = [block.digest for block in manifest.blocks]
-        chain = chain_blocks(tokens, fingerprint=manifest.fingerprint, profile=manifest.profile, digests=digests)
-        if chain != manifest.blocks:
-            raise DamagedError(f"{self.path.name}: the block ids are not the chain of its tokens")
-        from kvbuy.reader import Reader, load_state  # numpy, only where contents are decoded
-
-        for _ in Reader.open(self).load_blocks():
-            pass
-        for index in range(len(manifest.state)):
-            load_state(self, index)
 
     def _read_checked(self, what: str, start: int, views: Sequence[memoryview], *, digest: str) -> None:
         hasher = blake3()

@@ -12,7 +12,7 @@ from kvbuy.artifact import Artifact, content_digest
 from kvbuy.codec import Coder, open_coder
 from kvbuy.codec.arrays import Array, head_views, shaped, shaped_block
 from kvbuy.errors import DamagedError
-from kvbuy.manifest import Tensor
+from kvbuy.manifest import Tensor, chain_blocks
 from kvbuy.parallel import in_order
 
 
@@ -68,6 +68,29 @@ class Reader:
     def load_blocks(self) -> Iterator[list[Array]]:
         """All blocks' arrays in order, read ahead on threads (errors: `read_block`)."""
         return in_order(self.load_block, range(len(self.artifact.manifest.blocks)))
+
+
+def check_contents(artifact: Artifact) -> None:
+    """Check that an artifact is intact: every digest, decoded where it is coded, and that block ids are its tokens'.
+
+    Raises:
+        DamagedError: it is not; the message says where.
+        UsageError: its codec needs an extra that is not installed.
+        PackError: its codec needs a pack that is not here.
+    """
+    tokens = artifact.read_tokens()
+    artifact.read_text()
+    if min(tokens) < 0:
+        raise DamagedError(f"{artifact.path.name}: a token id is negative")
+    manifest = artifact.manifest
+    digests = [block.digest for block in manifest.blocks]
+    chain = chain_blocks(tokens, fingerprint=manifest.fingerprint, profile=manifest.profile, digests=digests)
+    if chain != manifest.blocks:
+        raise DamagedError(f"{artifact.path.name}: the block ids are not the chain of its tokens")
+    for _ in Reader.open(artifact).load_blocks():
+        pass
+    for index in range(len(manifest.state)):
+        load_state(artifact, index)
 
 
 def read_state(artifact: Artifact, index: int, view: memoryview) -> None:

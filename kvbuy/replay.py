@@ -19,6 +19,7 @@ from kvbuy.fingerprint import profile_differences
 from kvbuy.manifest import Receipt
 from kvbuy.models import Model, find_model_for, refuse_foreign_shapes
 from kvbuy.prefill import logits_digest
+from kvbuy.reader import check_contents
 from kvbuy.reuse import load_document, reuse_attention
 from kvbuy.scratch import Request, Scratch, run_from_scratch
 from kvbuy.verdict import Damaged, Drift, Exact, Exactness, Inexact, Misfit, Replayed, Verdict, Wrong
@@ -53,7 +54,7 @@ def verify(
         raise UsageError("a quick verification replays the receipt's own prompt", hint="leave out --prompt or --quick")
     try:
         opened = artifact if isinstance(artifact, Artifact) else Artifact.open(Path(artifact))
-        opened.check_blocks()
+        check_contents(opened)
     except DamagedError as error:
         return Damaged(reason=error.message)
     try:

@@ -16,6 +16,7 @@ from kvbuy.artifact import Artifact, content_digest, write_artifact
 from kvbuy.errors import DamagedError, ExistsError, StoreError
 from kvbuy.manifest import Manifest, canonical_json, parse_manifest
 from kvbuy.prefill import Precomputed
+from kvbuy.reader import check_contents
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "I32": torch.int32, "U8": torch.uint8}
 
@@ -47,7 +48,7 @@ def altered(manifest: Manifest, path: str, value: object) -> Manifest:
 def test_what_is_written_is_read_again(artifact: Artifact) -> None:
     manifest, buffers = handmade()
     found = Artifact.open(artifact.path)
-    found.check_blocks()
+    check_contents(found)
     assert found == artifact
     assert (found.manifest, found.id) == (manifest, hashlib.sha256(manifest.canonical()).hexdigest())
     assert found.read_tokens() == tuple(range(40))
@@ -162,7 +163,7 @@ def test_two_writers_of_one_name_do_not_meet(path: Path) -> None:
         written(path, *inner)
         yield from outer[1][2:]
 
-    write_artifact(path, outer[0], interrupted(), force=True).check_blocks()
+    check_contents(write_artifact(path, outer[0], interrupted(), force=True))
     assert path.read_bytes() == outer[0].header() + b"".join(outer[1])
     assert list(path.parent.iterdir()) == [path]
 
@@ -170,7 +171,7 @@ def test_two_writers_of_one_name_do_not_meet(path: Path) -> None:
 def test_blocks_that_changed_places_are_damage(artifact: Artifact) -> None:
     manifest, (first, second, *rest) = handmade()
     with pytest.raises(DamagedError, match="block 0 does not match its digest"):
-        written(artifact.path, manifest, [second, first, *rest]).check_blocks()
+        check_contents(written(artifact.path, manifest, [second, first, *rest]))
 
 
 def test_blocks_that_changed_places_with_their_entries_are_damage(path: Path) -> None:
@@ -178,7 +179,7 @@ def test_blocks_that_changed_places_with_their_entries_are_damage(path: Path) ->
     entries = facts_of(manifest)["blocks"]
     swapped = altered(manifest, "blocks", [entries[1], entries[0], entries[2]])
     with pytest.raises(DamagedError, match="the block ids are not the chain of its tokens"):
-        written(path, swapped, [second, first, *rest]).check_blocks()
+        check_contents(written(path, swapped, [second, first, *rest]))
 
 
 def test_a_block_of_another_document_is_damage_even_with_its_whole_entry(path: Path) -> None:
@@ -186,7 +187,7 @@ def test_a_block_of_another_document_is_damage_even_with_its_whole_entry(path: P
     other, other_buffers = handmade(range(100, 140), fill=1)
     forged = altered(manifest, "blocks.0", facts_of(other)["blocks"][0])
     with pytest.raises(DamagedError, match="the block ids are not the chain of its tokens"):
-        written(path, forged, [other_buffers[0], *buffers[1:]]).check_blocks()
+        check_contents(written(path, forged, [other_buffers[0], *buffers[1:]]))
 
 
 def test_tokens_of_another_document_are_damage_even_with_their_digest(path: Path) -> None:
@@ -194,33 +195,33 @@ def test_tokens_of_another_document_are_damage_even_with_their_digest(path: Path
     tokens = handmade(range(100, 140))[1][-2]
     forged = altered(manifest, "document.tokens_digest", content_digest([tokens]))
     with pytest.raises(DamagedError, match="the block ids are not the chain of its tokens"):
-        written(path, forged, [*buffers[:-2], tokens, buffers[-1]]).check_blocks()
+        check_contents(written(path, forged, [*buffers[:-2], tokens, buffers[-1]]))
 
 
 def test_another_profile_is_damage_even_in_a_lawful_manifest(path: Path) -> None:
     manifest, buffers = handmade()
     with pytest.raises(DamagedError, match="the block ids are not the chain of its tokens"):
-        written(path, altered(manifest, "profile.torch", "2.15.0"), buffers).check_blocks()
+        check_contents(written(path, altered(manifest, "profile.torch", "2.15.0"), buffers))
 
 
 def test_forged_values_with_their_digest_are_another_artifact(path: Path) -> None:
     """No digest can know that values are wrong: that is what verifying from scratch is for."""
     manifest, (first, *rest) = handmade()
     forged = written(path, altered(manifest, "blocks.0.digest", content_digest([first[::-1]])), [first[::-1], *rest])
-    forged.check_blocks()
+    check_contents(forged)
     assert forged.id != manifest.sha256()
 
 
 def test_a_file_that_shrinks_after_it_was_opened_is_damage(artifact: Artifact) -> None:
     os.truncate(artifact.path, artifact.header_bytes + 10)
     with pytest.raises(DamagedError, match="the file ended early"):
-        artifact.check_blocks()
+        check_contents(artifact)
 
 
 def test_a_file_that_vanishes_after_it_was_opened_is_a_store_error(artifact: Artifact) -> None:
     artifact.path.unlink()
     with pytest.raises(StoreError, match=r"cannot read .*: No such file or directory"):
-        artifact.check_blocks()
+        check_contents(artifact)
 
 
 def test_every_truncation_is_damage(tiny: Artifact) -> None:
@@ -244,7 +245,7 @@ def test_every_flipped_bit_is_damage(tiny: Artifact) -> None:
                     silent.append((at, bit))
             os.pwrite(file.fileno(), bytes([byte]), at)
     assert silent == []
-    Artifact.open(tiny.path).check_blocks()
+    check_contents(Artifact.open(tiny.path))
 
 
 def test_every_flipped_byte_of_a_model_s_artifact_s_contents_is_damage(made: Precomputed) -> None:
@@ -263,7 +264,7 @@ def test_every_flipped_byte_of_a_model_s_artifact_s_contents_is_damage(made: Pre
 
 def is_damaged(path: Path) -> bool:
     try:
-        Artifact.open(path).check_blocks()
+        check_contents(Artifact.open(path))
     except DamagedError:
         return True
     return False

@@ -14,7 +14,7 @@ from kvbuy.decode import greedy
 from kvbuy.errors import DamagedError, ExistsError, PackError, StoreError, UsageError
 from kvbuy.models import Model, load_model
 from kvbuy.prefill import Precomputed, precompute
-from kvbuy.reader import Reader, load_state
+from kvbuy.reader import Reader, check_contents, load_state
 from kvbuy.recode import convert
 from kvbuy.reuse import Conversation, load_document
 
@@ -37,7 +37,7 @@ def damage(artifact: Artifact, piece: int) -> None:
 
 def test_a_fast_artifact_holds_the_same_contents(raw: Artifact, fast: Artifact) -> None:
     found = Artifact.open(fast.path)
-    found.check_blocks()
+    check_contents(found)
     assert found == fast
     assert found.id != raw.id
     assert found.manifest.with_codec("raw") == raw.manifest
@@ -78,7 +78,7 @@ def test_an_existing_file_is_not_replaced_but_with_force(raw: Artifact, fast: Ar
 
 def test_it_may_take_its_own_source_s_place(raw: Artifact) -> None:
     converted = convert(raw, raw.path, codec="fast", force=True).artifact
-    converted.check_blocks()
+    check_contents(converted)
     assert list(raw.path.parent.iterdir()) == [raw.path]
 
 
@@ -99,7 +99,7 @@ def test_a_folder_that_is_missing_is_a_store_error(raw: Artifact, tmp_path: Path
 def test_damage_in_a_piece_is_named(piece: int, what: str, fast: Artifact) -> None:
     damage(fast, piece)
     with pytest.raises(DamagedError, match=rf"^doc\.fast\.kv\.safetensors: {what}") as caught:
-        fast.check_blocks()
+        check_contents(fast)
     assert caught.value.hint == "fetch it again"
 
 
@@ -110,7 +110,7 @@ def test_every_flipped_byte_of_a_fast_artifact_is_damage(tmp_path: Path) -> None
     for at in range(fast.path.stat().st_size):
         altered_file(fast.path, at)
         try:
-            Artifact.open(fast.path).check_blocks()
+            check_contents(Artifact.open(fast.path))
             silent.append(at)
         except DamagedError:
             altered_file(fast.path, at)

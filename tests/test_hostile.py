@@ -17,6 +17,7 @@ from handmade import FULL, changed, facts_of, handmade
 from kvbuy.artifact import Artifact, content_digest
 from kvbuy.errors import DamagedError, StoreError
 from kvbuy.manifest import canonical_json, chain_blocks, parse_manifest
+from kvbuy.reader import check_contents
 
 FOLDER = Path(__file__).parent / "hostile"
 EXPECTED: dict[str, str] = json.loads((FOLDER / "expected.json").read_text(encoding="utf-8"))
@@ -181,7 +182,7 @@ FILES = {
 def test_a_hostile_file_is_refused(name: str) -> None:
     path = FOLDER / f"{name}.kv.safetensors"
     with pytest.raises(DamagedError, match=EXPECTED[name]) as caught:
-        Artifact.open(path).check_blocks()
+        check_contents(Artifact.open(path))
     assert caught.value.message.isprintable()
     assert len(caught.value.message) < 1000
 
@@ -199,7 +200,7 @@ def test_every_hostile_file_has_its_words() -> None:
 def test_the_file_that_they_were_made_from_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "doc.kv.safetensors"
     path.write_bytes(with_entries({}))
-    Artifact.open(path).check_blocks()
+    check_contents(Artifact.open(path))
     assert path.read_bytes() == RAW
 
 

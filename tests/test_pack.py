@@ -27,7 +27,7 @@ from kvbuy.errors import DamagedError, DocumentError, PackError, StoreError, Usa
 from kvbuy.models import Model, load_model
 from kvbuy.parts import DenseCodec
 from kvbuy.prefill import Precomputed, precompute
-from kvbuy.reader import Reader
+from kvbuy.reader import Reader, check_contents
 from kvbuy.recode import convert
 from kvbuy.replay import verify
 from kvbuy.reuse import load_document
@@ -138,7 +138,7 @@ def test_other_dtypes_have_packs_of_their_own(llama_folder: Path, fitted: Fitted
     made = precompute(TEXT[:100], tmp_path / "a.kv.safetensors", model=model, name="a", codec="dense").artifact
     assert made.manifest.codec_name == "dense"
     assert other.pack.facts.dtype != fitted.pack.facts.dtype
-    made.check_blocks()
+    check_contents(made)
 
 
 def test_a_pack_is_found_by_its_digest_and_by_its_model(llama: Model, fitted: Fitted) -> None:

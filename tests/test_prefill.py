@@ -10,11 +10,12 @@ from kvbuy.decode import greedy
 from kvbuy.errors import DocumentError, ExistsError
 from kvbuy.models import Model
 from kvbuy.prefill import RECEIPT_TOKENS, Precomputed, logits_digest, precompute, prefill
+from kvbuy.reader import check_contents
 
 
 def test_the_artifact_holds_the_document(made: Precomputed, llama: Model) -> None:
     artifact = Artifact.open(made.artifact.path)
-    artifact.check_blocks()
+    check_contents(artifact)
     assert artifact.read_text() == TEXT[:200]
     assert artifact.read_tokens() == tuple(llama.tokenizer(TEXT[:200])["input_ids"])
     assert [block.tokens for block in artifact.manifest.blocks] == [64, 64, 64, 8]
