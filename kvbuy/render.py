@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, assert_never
 
+from kvbuy.parts import Codec, DenseCodec
+from kvbuy.store import pack_path
 from kvbuy.verdict import Damaged, Drift, Exact, Exactness, Inexact, Misfit, Replayed, Verdict, Wrong
 
 if TYPE_CHECKING:
@@ -189,11 +191,20 @@ def inspect_table(artifact: "Artifact") -> "Table":
         "fingerprint": fingerprint.sha256(),
         "profile": f"{machine}, attention {profile.attention}",
         "receipt": f"{len(manifest.receipt.tokens)} greedy tokens, logits {manifest.receipt.logits[:12]}...",
+        **_pack_row(manifest.codec),
         "disclosure": "whoever has this file can read the document: the text is inside, and KV can be inverted",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _pack_row(codec: Codec) -> dict[str, str]:
+    """The pack that an artifact is decoded with, and whether it is here."""
+    if not isinstance(codec, DenseCodec):
+        return {}
+    here = "here" if pack_path(codec.pack).is_file() else "not here; get its file, then: kvbuy pack add FILE"
+    return {"pack": f"{codec.pack} ({here})"}
 
 
 def verdict_json(verdict: Verdict) -> Json:

@@ -8,6 +8,8 @@ from kvbuy.artifact import SUFFIX
 from kvbuy.errors import StoreError, UsageError
 from kvbuy.parts import CodecName
 
+PACK_SUFFIX = ".pack.safetensors"
+
 
 def cache_folder() -> Path:
     """kvbuy's cache: `KVBUY_CACHE`, or `kvbuy` in the user's cache folder."""
@@ -17,8 +19,13 @@ def cache_folder() -> Path:
 
 
 def pack_folder() -> Path:
-    """Where packs live, by digest."""
+    """Where packs live."""
     return cache_folder() / "packs"
+
+
+def pack_path(digest: str) -> Path:
+    """Where the pack of a digest is, if it is here."""
+    return pack_folder() / f"{digest}{PACK_SUFFIX}"
 
 
 def find_artifact(name: Path | None, *, folder: Path | None = None) -> Path:

@@ -185,6 +185,15 @@ def test_without_its_pack_a_dense_artifact_says_where_to_get_it(
         convert(dense, codec="fast")
 
 
+def test_inspect_names_the_pack_and_says_whether_it_is_here(fitted: Fitted, made: Precomputed) -> None:
+    dense = convert(made.artifact, codec="dense").artifact
+    shown = CliRunner().invoke(app, ["inspect", str(dense.path)], env={"COLUMNS": "200"}).stdout
+    assert f"{fitted.pack.digest} (here)" in shown
+    fitted.path.unlink()
+    shown = CliRunner().invoke(app, ["inspect", str(dense.path)], env={"COLUMNS": "200"}).stdout
+    assert f"{fitted.pack.digest} (not here; get its file, then: kvbuy pack add FILE)" in shown
+
+
 def test_another_model_s_pack_is_refused(
     llama: Model, fitted: Fitted, made: Precomputed, save_model: SaveModel, tmp_path: Path
 ) -> None:

@@ -38,10 +38,9 @@ from safetensors.numpy import load, save
 
 from kvbuy.errors import DamagedError, PackError, StoreError
 from kvbuy.parts import Digest, FloatType, Label, Part
-from kvbuy.store import pack_folder
+from kvbuy.store import PACK_SUFFIX, pack_folder, pack_path
 from kvbuy.whole import write_whole
 
-SUFFIX = ".pack.safetensors"
 KEY = "kvbuy_pack"
 TAIL = 65536 - 128
 LONGEST = 2048 * 64  # tokens that the rotation reaches
@@ -101,7 +100,7 @@ def find_pack(digest: str) -> Pack:
         PackError: it is not there.
         DamagedError: it is there, and is not what its name says.
     """
-    path = pack_folder() / f"{digest}{SUFFIX}"
+    path = pack_path(digest)
     if not path.is_file():
         raise PackError(
             f"this artifact is decoded with the pack {digest[:12]}..., which is not here",
@@ -131,12 +130,12 @@ class Listed:
     @property
     def digest(self) -> str:
         """The digest that its name says."""
-        return self.path.name.removesuffix(SUFFIX)
+        return self.path.name.removesuffix(PACK_SUFFIX)
 
 
 def list_packs() -> list[Listed]:
     """The packs in the store, newest first. Only headers are read; what has none is no pack, and is left out."""
-    found = sorted(pack_folder().glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    found = sorted(pack_folder().glob(f"*{PACK_SUFFIX}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     packs = []
     for path in found:
         with suppress(DamagedError, OSError):
@@ -157,7 +156,7 @@ def add_pack(raw: bytes) -> Path:
         DamagedError: it is no pack.
         StoreError: it cannot be written; nothing is left behind.
     """
-    path = pack_folder() / f"{parse_pack(raw).digest}{SUFFIX}"
+    path = pack_path(parse_pack(raw).digest)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
