@@ -194,7 +194,7 @@ def _manifest_bytes(header: bytes) -> bytes:
             manifest, _ = json.JSONDecoder().raw_decode(header[8 + len(HEADER_START) :].decode())
             if isinstance(manifest, str):
                 return manifest.encode()
-        except ValueError:
+        except (ValueError, RecursionError):
             pass  # refused below, as whatever else is no manifest
     raise DamagedError("this safetensors file is no kvbuy artifact: it holds no manifest")
 

@@ -265,8 +265,9 @@ def _load_block(reader: Reader, index: int, buffers: list[torch.Tensor], arrays:
         reader.read_block(index, [array[:, start:end] for array in arrays])
         return
     first, last = manifest.block_span(index)
-    stage = torch.empty(last - first, dtype=torch.uint8, pin_memory=buffers[0].is_cuda)
-    reader.read_block(index, shaped_block(_bytes(stage), manifest.block_tensors(index)))
+    with reader.in_turn():
+        stage = torch.empty(last - first, dtype=torch.uint8, pin_memory=buffers[0].is_cuda)
+        reader.read_block(index, shaped_block(_bytes(stage), manifest.block_tensors(index)))
     for tensor, buffer in zip(manifest.block_tensors(index), buffers, strict=True):
         piece = stage[tensor.start - first :][: tensor.size].view(buffer.dtype).view(tensor.shape)
         buffer[:, start:end].copy_(piece, non_blocking=True)

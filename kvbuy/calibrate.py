@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,12 @@ from kvbuy.prefill import BLOCK_SIZE, prefill
 SAMPLE_TOKENS = 1024
 SAMPLES = 64  # of the default text: more hardly helps
 FEWEST = 6
+LAYERS = "fitting layers"
+SAME = 0.99
 HELD_BACK = 8  # every eighth sample sets scales instead of weights; at most eight are kept in memory for that
 DEPTH = 2  # a third layer below gains 0.002 and makes the pack a third larger
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +60,10 @@ class Fitted:
         return math.ceil(self.pack.size / saved) if saved > 0 else None
 
 
-def fit_pack(model: Model, texts: Sequence[str] = (), *, progress: Progress = lambda _, __: None) -> Fitted:
+def fit_pack(model: Model, texts: Sequence[str] = (), *, progress: Progress = lambda _, __, ___: None) -> Fitted:
     """Fit a model's pack to texts, to those of `kvbuy.docstrings` where none are given, and put it into the store.
 
-    `progress` is told the tokens done, and how many there are.
+    `progress` is told what is being done, how much of it, and how much there is: tokens, then layers.
 
     Raises:
         UsageError: the extra `dense` is not installed, or the model has no layers that dense could predict.
@@ -80,12 +83,13 @@ def fit_pack(model: Model, texts: Sequence[str] = (), *, progress: Progress = la
         nonlocal done
         sample = sample_kv(model, token_ids)
         done += len(token_ids)
-        progress(done, total)
+        progress("calibration", done, total)
         return sample
 
     first = take(runs[0])
     angles, rotations = find_rotations(model, layers, first)
-    facts = _facts(model, layers, frequencies=len(angles), tokens=total - len(last))
+    alone = isinstance(model.layers[0], FullLayer) and depends_on_tokens_alone(first)
+    facts = _facts(model, layers, frequencies=len(angles), alone=alone, tokens=total - len(last))
     fit = Fit(facts, angles=angles, rotations=rotations)
     fit.observe(first)
     kept = []
@@ -94,7 +98,7 @@ def fit_pack(model: Model, texts: Sequence[str] = (), *, progress: Progress = la
             kept.append(take(token_ids))
         else:
             fit.observe(take(token_ids))
-    pack, raw = make_pack(facts, fit.finish(kept))
+    pack, raw = make_pack(facts, fit.finish(kept, progress=partial(progress, LAYERS)))
     ratio, fast_ratio, token_bytes = _try_out(pack, take(last))
     return Fitted(pack, add_pack(raw), ratio, fast_ratio, token_bytes, time.perf_counter() - started)
 
@@ -112,7 +116,7 @@ def cut_samples(model: Model, texts: Sequence[str]) -> list[tuple[int, ...]]:
     if len(samples) < FEWEST:
         raise DocumentError(
             f"{len(stream)} tokens of calibration text are too few: a pack needs {FEWEST * length} at the least",
-            hint=f"name more text (--text A B ...); {SAMPLES * SAMPLE_TOKENS} tokens are plenty",
+            hint=f"name more text (--text A --text B); {SAMPLES * SAMPLE_TOKENS} tokens are plenty",
         )
     return samples
 
@@ -123,6 +127,13 @@ def sample_kv(model: Model, token_ids: tuple[int, ...]) -> Sample:
     cache = empty_cache(model.model.config, capacity=len(token_ids))
     prefill(model, token_ids, cache, block_size=BLOCK_SIZE)
     return Sample(token_ids, block_arrays(cache, 0, len(token_ids)))
+
+
+def depends_on_tokens_alone(sample: Sample) -> bool:
+    """Whether the first layer's values of a token are the same wherever it stands, bit for bit (nearly always)."""
+    values = sample.tensors[1].transpose(1, 0, 2).reshape(len(sample.token_ids), -1)
+    _, first, kind = np.unique(sample.token_ids, return_index=True, return_inverse=True)
+    return bool((values == values[first[kind]]).mean() > SAME)
 
 
 def find_rotations(
@@ -206,7 +217,7 @@ def pack_layers(model: Model) -> tuple[PackLayer, ...]:
     return layers
 
 
-def _facts(model: Model, layers: tuple[PackLayer, ...], *, frequencies: int, tokens: int) -> PackFacts:
+def _facts(model: Model, layers: tuple[PackLayer, ...], *, frequencies: int, alone: bool, tokens: int) -> PackFacts:
     return PackFacts(
         format="kvbuy pack",
         version=1,
@@ -217,7 +228,7 @@ def _facts(model: Model, layers: tuple[PackLayer, ...], *, frequencies: int, tok
         layers=layers,
         depth=DEPTH,
         frequencies=frequencies,
-        alone=isinstance(model.layers[0], FullLayer),
+        alone=alone,
         tokens=tokens,
     )
 

@@ -1,7 +1,6 @@
 """The command line of packs: `kvbuy pack fit`, `add`, `ls`."""
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,7 +29,7 @@ def fit(
 ) -> None:
     """Fit a model's pack, once for all its documents.
 
-    The model runs over 65536 tokens of text. Example: kvbuy pack fit
+    The model runs over the texts, or over 65536 tokens of the default one. Example: kvbuy pack fit
     """
     from kvbuy import render, render_pack
     from kvbuy.codec.load import refuse_without_numba
@@ -44,7 +43,7 @@ def fit(
 
     loaded = load_model(model, adapter=adapter, device=device, dtype=dtype, say=render.say)
     with render.token_progress() as progress:
-        fitted = fit_pack(loaded, texts, progress=partial(progress, "calibration"))
+        fitted = fit_pack(loaded, texts, progress=progress)
     if json:
         render.print_json(render_pack.fitted_json(fitted))
     else:
@@ -95,7 +94,7 @@ def offer_pack(model: "Model") -> None:
         from kvbuy.calibrate import fit_pack
 
         with render.token_progress() as progress:
-            fit_pack(model, progress=partial(progress, "calibration"))
+            fit_pack(model, progress=progress)
 
 
 def somebody_is_there() -> bool:

@@ -53,7 +53,8 @@ def _sources(package: str) -> list[Path]:
     """A package's Python files without its tests, in an order in which neighbours have little in common."""
     found = find_spec(package)
     folders = found.submodule_search_locations if found and found.submodule_search_locations else []
-    files = sorted(path for folder in folders for path in Path(folder).rglob("*.py") if "test" not in path.as_posix())
+    found_files = ((Path(folder), path) for folder in folders for path in sorted(Path(folder).rglob("*.py")))
+    files = [path for folder, path in found_files if "test" not in path.relative_to(folder).as_posix()]
     Random(0).shuffle(files)
     return files
 

@@ -23,8 +23,9 @@ Format law, version 1 (MUST and MAY as in RFC 2119):
     at the document's end; a sliding layer MAY keep up to block_size - 1 rows more, for aligned reuse.
  8. `codec` is "raw", or an object with the `name` of a codec ("fast", "dense") and `sizes`: the encoded bytes of every
     block and then of every state tensor. The file's tensors then are `block.B` (U8, [size]), `state.L.NAME` (U8,
-    [size]), `tokens` and `text`. No size MAY exceed the decoded one by more than 0.1% and 64 bytes. (So that a small
-    manifest implies a small file.) State tensors MUST be coded as in "fast" whatever the name is; "dense" names the
+    [size]), `tokens` and `text`. No size MAY exceed the decoded one by more than 0.1% and 64 bytes, or be less than
+    half of it (a 64th for a block in "dense"). (So that a small manifest implies a small file, and a small file small
+    memory.) State tensors MUST be coded as in "fast" whatever the name is; "dense" names the
     `pack` that it needs. Ids, digests and receipt are of decoded bytes: coding anew changes nothing but `codec`.
     (What a codec's bytes mean is law too: `kvbuy.codec.fast`, `kvbuy.codec.dense`.)
  9. Nothing in a file chooses a class, a path or code. Labels (`model`, `document.name`) are not identity.
@@ -52,6 +53,7 @@ HEADER_ALIGNMENT = 64
 LARGEST_BLOCK = 2**20
 FIRST_PARENT = "0" * 64
 PIECE_ROOM = 64
+DENSEST = 64
 
 
 class Fingerprint(Part):
@@ -209,14 +211,16 @@ class Manifest(Part):
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
         if self.codec != "raw":
-            largest = [size + size // 1000 + PIECE_ROOM for size in self.decoded_sizes()]
-            if len(self.codec.sizes) != len(largest):
-                raise ValueError(f"{len(self.codec.sizes)} sizes for {len(largest)} blocks and state tensors")
-            if any(bool(size) != bool(full) for size, full in zip(self.codec.sizes, self.decoded_sizes(), strict=True)):
-                raise ValueError("a piece has no bytes just where it decodes to none")
-            for index, (size, limit) in enumerate(zip(self.codec.sizes, largest, strict=True)):
-                if size > limit:
-                    raise ValueError(f"encoded piece {index} has {size} bytes, more than the {limit} it may have")
+            decoded = self.decoded_sizes()
+            if len(self.codec.sizes) != len(decoded):
+                raise ValueError(f"{len(self.codec.sizes)} sizes for {len(decoded)} blocks and state tensors")
+            for index, (size, full) in enumerate(zip(self.codec.sizes, decoded, strict=True)):
+                if bool(size) != bool(full):
+                    raise ValueError("a piece has no bytes just where it decodes to none")
+                dense = self.codec.name == "dense" and index < len(self.blocks)
+                least, most = -(-full // (DENSEST if dense else 2)), full + full // 1000 + PIECE_ROOM
+                if not least <= size <= most:
+                    raise ValueError(f"encoded piece {index} has {size} bytes, it may have {least} to {most}")
         return self
 
     @property

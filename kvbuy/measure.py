@@ -7,6 +7,7 @@ results look. Codecs code the blocks; a sliding window's rows and recurrent stat
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -16,14 +17,17 @@ from kvbuy.bounds import Bound, measure_bounds
 from kvbuy.codec import Coder, open_coder, plan_codec
 from kvbuy.codec.arrays import Array
 from kvbuy.codec.baseline import baselines
-from kvbuy.errors import PackError, UsageError
+from kvbuy.errors import DamagedError, PackError, UsageError
 from kvbuy.parts import CodecName, with_sizes
 from kvbuy.reader import Reader
 
 SAMPLE_BYTES = 4_000_000  # of keys and values for a codec that encodes a few megabytes a second
 SAMPLED = ("zstd-19",)
 
+FEW = 3  # blocks
+
 Progress = Callable[[str, int, int], None]
+Opener = Callable[[], Coder]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +80,18 @@ def measure(artifact: Artifact, *, progress: Progress = lambda _, __, ___: None)
 
     Raises:
         DamagedError: a digest does not match.
+        PackError, UsageError: it cannot be decoded here.
     """
     manifest = artifact.manifest
     blocks = read_arrays(artifact)
     kv_bytes = manifest.kv_bytes()
     state_bytes = kv_bytes - _raw_bytes(blocks)
-    coders, absent = find_coders(artifact)
+    openers, absent = find_coders(artifact)
     codecs = []
-    for name, coder in coders.items():
+    for name, opener in openers.items():
         progress(name, 0, 0)
         weigh = measure_sample if name in SAMPLED else measure_codec
-        codecs.append(weigh(name, coder, blocks, uncoded=state_bytes))
+        codecs.append(weigh(name, opener, blocks, uncoded=state_bytes))
     progress("entropies", 0, 0)
     return Measurement(
         kv_bytes=kv_bytes,
@@ -99,19 +104,26 @@ def measure(artifact: Artifact, *, progress: Progress = lambda _, __, ___: None)
     )
 
 
-def find_coders(artifact: Artifact) -> tuple[dict[str, Coder], tuple[Absent, ...]]:
-    """The lossless codecs to measure on an artifact, by name, and those that are not to be had here."""
-    manifest = artifact.manifest
-    coders: dict[str, Coder] = baselines()
+def find_coders(artifact: Artifact) -> tuple[dict[str, Opener], tuple[Absent, ...]]:
+    """What opens coders of the lossless codecs for an artifact, by name, and those that are not to be had here.
+
+    A dense artifact is measured with its own pack, any other with its model's newest.
+    """
+    manifest, tokens = artifact.manifest, artifact.read_tokens()
+    openers: dict[str, Opener] = baselines()
     absent: list[Absent] = []
     names: tuple[CodecName, ...] = ("fast", "dense")
     for name in names:
         try:
-            codec = with_sizes(plan_codec(name, manifest.fingerprint), manifest.decoded_sizes())
-            coders[name] = open_coder(manifest.with_codec(codec), artifact.read_tokens())
-        except (UsageError, PackError) as error:
+            own = manifest.codec_name == name
+            codec = manifest.codec if own else plan_codec(name, manifest.fingerprint, tokens=len(tokens))
+            planned = manifest.with_codec(with_sizes(codec, manifest.decoded_sizes()))
+            openers[name] = partial(open_coder, planned, tokens)
+            openers[name]()
+        except (UsageError, PackError, DamagedError) as error:
+            openers.pop(name, None)
             absent.append(Absent(name, f"{error.message}; {error.hint}"))
-    return coders, tuple(absent)
+    return openers, tuple(absent)
 
 
 def read_arrays(artifact: Artifact) -> list[list[Array]]:
@@ -124,8 +136,8 @@ def read_arrays(artifact: Artifact) -> list[list[Array]]:
     return blocks if any(map(len, blocks)) else []
 
 
-def measure_codec(name: str, coder: Coder, blocks: Sequence[Sequence[Array]], *, uncoded: int = 0) -> CodecMeasure:
-    """Encode and decode every block in order, and compare every bit.
+def measure_codec(name: str, opener: Opener, blocks: Sequence[Sequence[Array]], *, uncoded: int = 0) -> CodecMeasure:
+    """Encode and decode every block in order, with a coder each way, and compare every bit.
 
     `uncoded` bytes come on top as they are. Time is the process's, on all cores together: what one core does, whoever
     else uses the machine. Speeds are the median block's.
@@ -133,16 +145,19 @@ def measure_codec(name: str, coder: Coder, blocks: Sequence[Sequence[Array]], *,
     Raises:
         AssertionError: the codec is not lossless: a bug in it.
     """
+    if 0 < len(blocks) < FEW:  # what is compiled at its first use must not be the median
+        opener().decode_block(0, memoryview(opener().encode_block(0, blocks[0]).data), [x.copy() for x in blocks[0]])
+    encoder, decoder = opener(), opener()
     encoded, encoding = [], []
     for index, block in enumerate(blocks):
         started = time.process_time()
-        encoded.append(coder.encode_block(index, block))
+        encoded.append(encoder.encode_block(index, block))
         encoding.append(_gbps(block, started))
     decoding = []
     for index, (block, coded) in enumerate(zip(blocks, encoded, strict=True)):
         fresh = [~tensor for tensor in block]  # every value is wrong until it is decoded
         started = time.process_time()
-        coder.decode_block(index, memoryview(coded.data), fresh)
+        decoder.decode_block(index, memoryview(coded.data), fresh)
         decoding.append(_gbps(block, started))
         if not all(map(np.array_equal, block, fresh)):
             raise AssertionError(f"{name} does not give block {index} back")
@@ -160,18 +175,18 @@ def measure_codec(name: str, coder: Coder, blocks: Sequence[Sequence[Array]], *,
     )
 
 
-def measure_sample(name: str, coder: Coder, blocks: Sequence[Sequence[Array]], *, uncoded: int = 0) -> CodecMeasure:
+def measure_sample(name: str, opener: Opener, blocks: Sequence[Sequence[Array]], *, uncoded: int = 0) -> CodecMeasure:
     """`measure_codec` on the middle block's first heads, at most `SAMPLE_BYTES`; on everything where that is less.
 
     Heads rather than rows are left out first: what repeats in a document repeats from row to row.
     """
     raw = _raw_bytes(blocks)
     if raw <= SAMPLE_BYTES:
-        return measure_codec(name, coder, blocks, uncoded=uncoded)
+        return measure_codec(name, opener, blocks, uncoded=uncoded)
     heads = [tensor[:1] for tensor in blocks[len(blocks) // 2]]
     rows = max(1, SAMPLE_BYTES * heads[0].shape[1] // _raw_bytes([heads]))
     sample: list[Array] = [tensor[:, :rows].copy() for tensor in heads]
-    found = measure_codec(name, coder, [sample])
+    found = measure_codec(name, opener, [sample])
     size = round(found.ratio * raw) + uncoded
     return replace(found, bytes=size, ratio=size / (raw + uncoded), sampled=True)
 

@@ -27,5 +27,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            for future in waiting:
-                future.cancel()
+            # From the last on, up to one that has begun: what it may wait for, an item before it, is not taken away.
+            for future in reversed(waiting):
+                if not future.cancel():
+                    break

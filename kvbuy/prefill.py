@@ -77,12 +77,12 @@ def precompute(
     out = Path(out)
     refuse_block_size(block_size)
     refuse_unwritable(out, force=force)
-    plan = plan_codec(codec, model.fingerprint)  # refused before the long prefill
     document = encode_document(model.tokenizer, text, name=name, chat=chat)
     probe = CHAT_PROBE if chat else PROBE
     prompt = encode_prompt(model.tokenizer, probe, document_text=document.text, chat=chat)
     extra = len(prompt) + RECEIPT_TOKENS
     refuse_too_long(model, len(document.token_ids), extra=extra)
+    plan = plan_codec(codec, model.fingerprint, tokens=len(document.token_ids))  # refused before the long prefill
 
     started = time.perf_counter()
     cache = empty_cache(model.model.config, capacity=len(document.token_ids) + extra)

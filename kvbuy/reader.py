@@ -49,25 +49,32 @@ class Reader:
         if self.coder is None:
             self.artifact.read_block(index, list(head_views(tensors)))
             return
-        try:
+        with self.in_turn():
             data = self.artifact.read_piece(self.pieces[index])
-        except BaseException:
-            self.coder.abandon()
-            raise
-        digest = self.artifact.manifest.blocks[index].digest
-        with _checking(self.artifact, f"block {index}", head_views(tensors), digest=digest):
-            self.coder.decode_block(index, data, tensors)
+            digest = self.artifact.manifest.blocks[index].digest
+            with _checking(self.artifact, f"block {index}", head_views(tensors), digest=digest):
+                self.coder.decode_block(index, data, tensors)
 
-    def load_block(self, index: int) -> list[Array]:
-        """A block's arrays, freshly allocated (errors: `read_block`)."""
-        start, end = self.artifact.manifest.block_span(index)
-        tensors = shaped_block(bytearray(end - start), self.artifact.manifest.block_tensors(index))
-        self.read_block(index, tensors)
-        return tensors
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Where a block is read: if that fails, blocks that wait for it are told instead of waiting for ever."""
+        try:
+            yield
+        except BaseException:
+            if self.coder is not None:
+                self.coder.abandon()
+            raise
 
     def load_blocks(self) -> Iterator[list[Array]]:
         """All blocks' arrays in order, read ahead on threads (errors: `read_block`)."""
-        return in_order(self.load_block, range(len(self.artifact.manifest.blocks)))
+        return in_order(self._load_block, range(len(self.artifact.manifest.blocks)))
+
+    def _load_block(self, index: int) -> list[Array]:
+        with self.in_turn():
+            start, end = self.artifact.manifest.block_span(index)
+            tensors = shaped_block(bytearray(end - start), self.artifact.manifest.block_tensors(index))
+            self.read_block(index, tensors)
+        return tensors
 
 
 def check_contents(artifact: Artifact) -> None:

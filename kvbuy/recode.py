@@ -38,7 +38,7 @@ def convert(
     opened = artifact if isinstance(artifact, Artifact) else Artifact.open(Path(artifact))
     if opened.manifest.codec_name == codec:
         raise UsageError(f"{opened.path} has the codec {codec} already", hint="use it as it is, or name another codec")
-    plan = plan_codec(codec, opened.manifest.fingerprint)  # refused before anything is read
+    plan = plan_codec(codec, opened.manifest.fingerprint, tokens=opened.manifest.document.tokens)
     path = name_converted(opened.path, codec) if out is None else Path(out)
     refuse_unwritable(path, force=force)
     written = write_contents(

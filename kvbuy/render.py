@@ -78,13 +78,13 @@ def token_progress() -> Iterator[Callable[[str, int, int], None]]:
 
     class Speed(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(f"{task.finished_speed or task.speed or 0:.0f} tokens/s")
+            return Text(f"{task.finished_speed or task.speed or 0:.0f} {task.fields['unit']}/s")
 
     columns = [
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("tokens"),
+        TextColumn("{task.fields[unit]}"),
         Speed(),
     ]
     tasks: dict[str, Any] = {}
@@ -92,7 +92,8 @@ def token_progress() -> Iterator[Callable[[str, int, int], None]]:
 
         def update(step: str, done: int, total: int) -> None:
             if step not in tasks:
-                tasks[step] = bar.add_task(step, total=total or None)
+                unit = "layers" if step.endswith("layers") else "tokens"
+                tasks[step] = bar.add_task(step, total=total or None, unit=unit)
             bar.update(tasks[step], completed=done)
 
         yield update

@@ -62,10 +62,15 @@ def _encode_blocks(
 
     def encode(item: tuple[int, Sequence[Array]]) -> bytes:
         index, tensors = item
-        data = encoder.encode_block(index, tensors).data
-        start, end = manifest.block_span(index)
-        again = shaped_block(bytearray(end - start), manifest.block_tensors(index))
-        decoder.decode_block(index, memoryview(data), again)
+        try:
+            data = encoder.encode_block(index, tensors).data
+            start, end = manifest.block_span(index)
+            again = shaped_block(bytearray(end - start), manifest.block_tensors(index))
+            decoder.decode_block(index, memoryview(data), again)
+        except BaseException:
+            encoder.abandon()
+            decoder.abandon()
+            raise
         if content_digest(head_views(again)) != manifest.blocks[index].digest:
             raise AssertionError(f"the codec {planned.codec_name} does not give block {index} back")
         return data

@@ -7,11 +7,12 @@ import pytest
 import torch
 import transformers
 from conftest import TEXT, SaveModel
-from handmade import FULL, altered_file, handmade
+from handmade import FULL, altered_file, facts_of, handmade
 
 from kvbuy.artifact import Artifact, write_artifact
 from kvbuy.decode import greedy
 from kvbuy.errors import DamagedError, ExistsError, PackError, StoreError, UsageError
+from kvbuy.manifest import canonical_json, parse_manifest
 from kvbuy.models import Model, load_model
 from kvbuy.prefill import Precomputed, precompute
 from kvbuy.reader import Reader, check_contents, load_state
@@ -62,6 +63,15 @@ def test_the_sizes_say_what_the_file_holds(fast: Artifact) -> None:
 def test_the_name_tells_the_codec(raw: Artifact, fast: Artifact) -> None:
     assert fast.path == raw.path.with_name("doc.fast.kv.safetensors")
     assert convert(fast, codec="raw").artifact.path == raw.path.with_name("doc.raw.kv.safetensors")
+
+
+@pytest.mark.parametrize("piece", [0, 4])
+def test_a_piece_too_small_for_what_it_decodes_to_is_refused(fast: Artifact, piece: int) -> None:
+    facts = facts_of(fast.manifest)
+    least = -(-fast.manifest.decoded_sizes()[piece] // 2)
+    facts["codec"]["sizes"][piece] = least - 1
+    with pytest.raises(DamagedError, match=f"has {least - 1} bytes, it may have {least} to"):
+        parse_manifest(canonical_json(facts))
 
 
 def test_the_codec_that_it_has_already_is_refused(raw: Artifact, fast: Artifact) -> None:

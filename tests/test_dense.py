@@ -1,4 +1,4 @@
-"""The codec `dense`, coder and fit: bit for bit, whatever the bits. No verb uses it yet."""
+"""The codec `dense`, coder and fit: bit for bit, whatever the bits."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -106,6 +106,35 @@ def test_a_document_comes_back_bit_for_bit(pack: Pack, tokens: int) -> None:
     assert same(decode(pack, sample, encode(pack, sample)), sample)
 
 
+def test_a_block_that_fast_codes_smaller_teaches_what_any_other_does(pack: Pack) -> None:
+    sample = make_sample(3 * BLOCK, pack.facts.dtype, seed=12)
+    random = np.random.default_rng(13)
+    for tensor in sample.tensors:
+        wild = tensor[:, :BLOCK]
+        wild[:] = random.integers(0, 2 ** (8 * tensor.itemsize), wild.shape, dtype=tensor.dtype)
+    encoded = encode(pack, sample)
+    assert {data[0] for data in encoded} == {0, 1}
+    assert same(decode(pack, sample, encoded, threads=3), sample)
+
+
+def test_what_hardly_says_anything_has_a_64th_of_its_bytes_at_least(pack: Pack) -> None:
+    sample = make_sample(3 * BLOCK, pack.facts.dtype, seed=14)
+    for tensor in sample.tensors:
+        tensor[:] = tensor[:, :1]
+    encoded = encode(pack, sample)
+    raw = sum(tensor.nbytes for tensor in sample.tensors) / 3
+    assert min(map(len, encoded)) * 64 >= raw
+    assert same(decode(pack, sample, encoded), sample)
+
+
+def test_threads_change_no_bit_of_what_is_encoded(pack: Pack) -> None:
+    sample = make_sample(900, pack.facts.dtype, seed=4)
+    coder, blocks = DenseCoder(pack, sample.token_ids, block_size=BLOCK), cut(sample)
+    with ThreadPoolExecutor(4) as pool:
+        encoded = list(pool.map(lambda at: coder.encode_block(at, blocks[at]).data, range(len(blocks))))
+    assert encoded == encode(pack, sample)
+
+
 def test_threads_change_no_bit(pack: Pack) -> None:
     sample = make_sample(900, pack.facts.dtype, seed=4)
     assert same(decode(pack, sample, encode(pack, sample), threads=4), sample)
@@ -161,6 +190,29 @@ def test_a_pack_with_numbers_out_of_range_is_refused(pack: Pack, column: int, va
         make_pack(pack.facts, tensors)
 
 
+@pytest.mark.parametrize(
+    ("name", "at", "value", "what"),
+    [
+        ("energy", 7, -32768, "energy"),
+        ("layer.1.channels", (0, 3), -(2**31), "channels"),
+        ("layer.1.weights", (0, -1), 1, "weights"),
+        ("layer.1.origin", 0, 1025, "origin"),
+        ("layer.1.classes", (0, 0, 0), 145, "classes"),
+        ("layer.1.repeats", (0, 0, 0), 1, "repeats"),
+        ("layer.1.pairs", (0, 0), 1, "pairs"),
+        ("layer.1.pairs", (0, 2), DIM // 2 + 1, "pairs"),
+        ("distributions", (0, slice(3, 6)), (2**31 - 1, -(2**31), -1), "distributions"),
+    ],
+)
+def test_a_pack_that_could_lead_arithmetic_astray_is_refused(
+    pack: Pack, name: str, at: object, value: object, what: str
+) -> None:
+    tensors = {each: tensor.copy() for each, tensor in pack.tensors.items()}
+    tensors[name][at] = value  # type: ignore[index]
+    with pytest.raises(DamagedError, match=f"{what} are out of range"):
+        make_pack(pack.facts, tensors)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_whatever_pack_is_accepted_loses_nothing(pack: Pack, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvbuy.codec.dense.encode_tensors", never_smaller)  # also where `fast` would be the better one
@@ -180,6 +232,7 @@ def test_whatever_pack_is_accepted_loses_nothing(pack: Pack, seed: int, monkeypa
         fill(f"layer.{layer}.origin", -1024 if seed % 2 else 0, 1024 if seed % 2 else 200)
         fill(f"layer.{layer}.classes", 0, 144)
         fill(f"layer.{layer}.repeats", -64, 64)
+        tensors[f"layer.{layer}.repeats"][:, 0] = 0
         for column, (low, high) in enumerate([(-(2**29), 2**29), (-(2**28), 2**28), (0, 31), (-20, 20), (0, 16)]):
             tensors[f"layer.{layer}.channels"][:, column] = random.integers(low, high, HEADS * DIM * 2, endpoint=True)
     odd, _ = make_pack(pack.facts, tensors)

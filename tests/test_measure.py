@@ -71,13 +71,13 @@ def test_an_artifact_is_weighed_under_every_baseline(made: Precomputed) -> None:
 
 
 def test_raw_weighs_what_it_codes() -> None:
-    found = measure_codec("raw", Raw(), [[noise(16), noise(16)], [noise(3), noise(3)]])
+    found = measure_codec("raw", Raw, [[noise(16), noise(16)], [noise(3), noise(3)]])
     assert (found.bytes, found.ratio, found.layers) == (2 * 2 * 32 * 19 * 2, 1.0, ((1.0, 1.0),))
 
 
 def test_zstd_finds_repetition_and_says_in_which_tensor() -> None:
     same: Array = np.ones((2, 64, 32), dtype=np.uint16)
-    found = measure_codec("zstd-1", Zstd(1), [[same, noise(64)]] * 2)
+    found = measure_codec("zstd-1", lambda: Zstd(1), [[same, noise(64)]] * 2)
     ((key, value),) = found.layers
     assert key < 0.01
     assert 1 <= value < 1.01
@@ -100,7 +100,7 @@ class Forgetful(Raw):
 
 def test_a_codec_that_loses_a_bit_is_a_bug() -> None:
     with pytest.raises(AssertionError, match="forgetful does not give block 0 back"):
-        measure_codec("forgetful", Forgetful(), [[np.zeros((1, 4, 4), dtype=np.uint16)] * 2])
+        measure_codec("forgetful", Forgetful, [[np.zeros((1, 4, 4), dtype=np.uint16)] * 2])
 
 
 def test_blocks_are_coded_in_order() -> None:
@@ -115,16 +115,16 @@ def test_blocks_are_coded_in_order() -> None:
             self.seen.append(index)
             super().decode_block(index, data, tensors)
 
-    measure_codec("ordered", Ordered(), [[noise(2), noise(2)]] * 3)
+    measure_codec("ordered", Ordered, [[noise(2), noise(2)]] * 3)
     assert Ordered.seen == [0, 1, 2, 0, 1, 2]
 
 
 def test_a_sample_says_so_and_stands_for_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = [[noise(64), noise(64)] for _ in range(3)]
     raw = sum(tensor.nbytes for block in blocks for tensor in block)
-    assert not measure_sample("raw", Raw(), blocks).sampled
+    assert not measure_sample("raw", Raw, blocks).sampled
     monkeypatch.setattr("kvbuy.measure.SAMPLE_BYTES", raw // 10)
-    found = measure_sample("raw", Raw(), blocks, uncoded=100)
+    found = measure_sample("raw", Raw, blocks, uncoded=100)
     assert (found.sampled, found.bytes, found.ratio, found.layers) == (True, raw + 100, 1.0, ((1.0, 1.0),))
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -17,13 +17,26 @@ from transformers import PreTrainedConfig
 from typer.testing import CliRunner
 
 from kvbuy.artifact import Artifact, write_artifact
-from kvbuy.calibrate import Fitted, cut_samples, find_rotations, fit_pack, pack_layers, sample_kv
+from kvbuy.calibrate import (
+    Fitted,
+    cut_samples,
+    depends_on_tokens_alone,
+    find_rotations,
+    fit_pack,
+    pack_layers,
+    sample_kv,
+)
 from kvbuy.cli import app
+from kvbuy.codec import Encoded
+from kvbuy.codec.arrays import Array
+from kvbuy.codec.dense import DenseCoder
+from kvbuy.codec.fit import Sample
 from kvbuy.codec.load import keep_pack
-from kvbuy.codec.pack import add_pack, find_pack, find_pack_for, list_packs, pack_folder
+from kvbuy.codec.pack import add_pack, find_pack, find_pack_for, list_packs, pack_folder, read_pack
 from kvbuy.decode import greedy
 from kvbuy.docstrings import LENGTH, calibration_texts
 from kvbuy.errors import DamagedError, DocumentError, PackError, StoreError, UsageError
+from kvbuy.measure import measure
 from kvbuy.models import Model, load_model
 from kvbuy.parts import DenseCodec
 from kvbuy.prefill import Precomputed, precompute
@@ -228,6 +241,65 @@ def test_a_block_that_cannot_be_read_lets_nobody_wait_for_ever(
     monkeypatch.setattr(Artifact, "read_piece", broken)
     with pytest.raises(StoreError, match="on fire"):
         list(Reader.open(dense).load_blocks())
+
+
+def test_a_block_that_cannot_be_encoded_lets_nobody_wait_for_ever(
+    fitted: Fitted, made: Precomputed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = DenseCoder.encode_block
+
+    def broken(self: DenseCoder, index: int, tensors: Sequence[Array]) -> Encoded:
+        if index == 1:
+            raise MemoryError("no room")
+        return encode(self, index, tensors)
+
+    monkeypatch.setattr(DenseCoder, "encode_block", broken)
+    with pytest.raises(MemoryError, match="no room"):
+        convert(made.artifact, codec="dense")
+
+
+def test_blocks_nobody_wants_any_more_let_nobody_wait_for_ever(fitted: Fitted, made: Precomputed) -> None:
+    blocks = Reader.open(convert(made.artifact, codec="dense").artifact).load_blocks()
+    next(blocks)
+    blocks.close()  # type: ignore[attr-defined]
+
+
+def test_measure_weighs_dense_as_convert_writes_it(fitted: Fitted, made: Precomputed) -> None:
+    dense = convert(made.artifact, codec="dense").artifact
+    for artifact in (made.artifact, dense):
+        found = {codec.name: codec for codec in measure(artifact).codecs}["dense"]
+        assert found.bytes == dense.manifest.stored_kv_bytes()
+        assert len(found.layers) == 2
+    fitted.path.write_bytes(b"nothing")
+    keep_pack.cache_clear()
+    assert [one.name for one in measure(made.artifact).absent] == ["dense"]
+
+
+def test_a_first_layer_that_knows_positions_is_not_taken_for_one_that_does_not(llama: Model) -> None:
+    sample = sample_kv(llama, cut_samples(llama, CALIBRATION)[0])
+    assert depends_on_tokens_alone(sample)
+    moved = sample.tensors[1] + np.arange(len(sample.token_ids), dtype=np.uint16)[:, None]
+    assert not depends_on_tokens_alone(Sample(sample.token_ids, [sample.tensors[0], moved]))
+
+
+@pytest.mark.parametrize("header", [b"[" * 100_000, b'{"__metadata__": []}', b'{"__metadata__": {"kvbuy_pack": "{}"}}'])
+def test_a_stray_file_in_the_store_hides_no_pack(fitted: Fitted, header: bytes) -> None:
+    stray = pack_folder() / f"{'1' * 64}.pack.safetensors"
+    stray.write_bytes(len(header).to_bytes(8, "little") + header)
+    (pack_folder() / f"{'2' * 64}.pack.safetensors").symlink_to("nowhere")
+    (pack_folder() / "mine.pack.safetensors").write_bytes(fitted.path.read_bytes())
+    assert [one.digest for one in list_packs()] == [fitted.pack.digest]
+    with pytest.raises(DamagedError, match="no kvbuy pack"):
+        read_pack(stray)
+
+
+def test_a_document_too_long_for_dense_is_refused_before_the_prefill(
+    llama: Model, fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvbuy.codec.load.LONGEST", 99)
+    monkeypatch.setattr("kvbuy.prefill.prefill", None)
+    with pytest.raises(UsageError, match="at most 99 tokens, not 100"):
+        precompute(TEXT[:100], tmp_path / "a.kv.safetensors", model=llama, name="a", codec="dense")
 
 
 def test_a_damaged_dense_block_is_found(llama: Model, fitted: Fitted, made: Precomputed) -> None:

@@ -64,12 +64,13 @@ def open_coder(manifest: Manifest, tokens: Sequence[int]) -> Coder:
             assert_never(codec)
 
 
-def plan_codec(name: CodecName, fingerprint: Fingerprint) -> Codec:
-    """The codec that a name means for a model, its sizes not yet known.
+def plan_codec(name: CodecName, fingerprint: Fingerprint, *, tokens: int) -> Codec:
+    """The codec that a name means for a model and a document's length, its sizes not yet known.
 
     Raises:
-        UsageError: it needs an extra that is not installed.
+        UsageError: it needs an extra that is not installed, or cannot code so many tokens.
         PackError: it needs a pack, and the model has none here.
+        DamagedError: the model's newest pack is no good.
     """
     match name:
         case "raw":
@@ -79,6 +80,6 @@ def plan_codec(name: CodecName, fingerprint: Fingerprint) -> Codec:
         case "dense":
             from kvbuy.codec.load import plan_dense
 
-            return DenseCodec(name="dense", pack=plan_dense(fingerprint), sizes=())
+            return DenseCodec(name="dense", pack=plan_dense(fingerprint, tokens=tokens), sizes=())
         case _:
             assert_never(name)

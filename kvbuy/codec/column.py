@@ -24,33 +24,21 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvbuy.codec.grid import (
-    Codes,
-    Format,
-    clip,
-    compiled,
-    edge,
-    float_bits,
-    greater,
-    inlined,
-    narrow,
-    rank,
-    shifted_down,
-    shifted_up,
-)
+from kvbuy.codec.compiled import compiled, inlined
+from kvbuy.codec.grid import Codes, Format, clip, edge, float_bits, greater, narrow, rank, shifted_down, shifted_up
+from kvbuy.codec.pack import TAIL
 from kvbuy.codec.repeats import TILE
 
 Words = npt.NDArray[np.uint16]
 States = npt.NDArray[np.uint32]
 
-TAIL = 65536 - 128  # slots from here on are the tail's
 WIDER = 16  # classes: four times the scale
 CLASSES = (40, 144)  # the least and the greatest class
 CERTAIN = -1  # not a class: the code is known, but for the tail
 FAR = (1 << 21) - 1
 REACH = 1 << 17  # 8 scales in units of 2**-14
 RECIPROCALS = (1073741824, 984625593, 902905650, 827968132, 759250124, 696235434, 638450708, 585461880)
-FINEST = 35  # a reciprocal is 2**35 over the scale: 2**(30 - class / 8) for the classes from 40 on above, halved after
+# A reciprocal is 2**35 over the scale: 2**(30 - class / 8) for the classes from 40 on above, halved after
 
 # A pair's scratch is one array of 32-bit numbers, so that a compiler sees which loops may run in vectors. Each name
 # is a row of it: TILE numbers for the pair's first channel, then as many for its second.

@@ -10,14 +10,15 @@ A block's data, with T tokens; all integers are little-endian:
 
 The decoder walks the layers from the bottom. What features of the layers below say of a layer is one matrix product;
 then `kvbuy.codec.walk` decodes the layer tile after tile. A block needs what the blocks before it taught, layer for
-layer: blocks can be decoded in parallel, each at least a layer behind the one before. A block in mode 0 teaches
-nothing.
+layer: blocks can be decoded in parallel, each at least a layer behind the one before. A block in mode 0 is walked
+all the same, and teaches what any other does. A block in mode 1 has at least a 64th of its decoded bytes.
 
 It knows no file and no model: its knowledge of the model is a pack.
 """
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -35,6 +36,7 @@ from kvbuy.codec.repeats import TILE, cut_tiles, find_repeats
 from kvbuy.codec.single import single_threaded
 from kvbuy.codec.walk import STEADY, TURN, Floats, Layer, Memory, Tile, Turns, decode_tile, record_tile
 from kvbuy.errors import DamagedError, UsageError
+from kvbuy.manifest import DENSEST
 
 Integers = npt.NDArray[np.int64]
 Number = TypeVar("Number", bound=np.generic)
@@ -73,11 +75,11 @@ class DenseCoder(Coder):
         """Encode a block's key and value arrays [heads, rows, dim]."""
         upper, lower = self._split(tensors)
         symbols = _symbols(upper.shape)
-        with single_threaded:
+        with self._in_turn():
             self._record(index, upper, symbols)
         data = b"".join([b"\x01", *self._write(symbols, upper), lower.astype("<u2").tobytes()])
         plain = encode_tensors(tensors)
-        if len(plain.data) < len(data):
+        if len(plain.data) < len(data) or len(data) * DENSEST < sum(tensor.nbytes for tensor in tensors):
             return Encoded(b"\x00" + plain.data, plain.tensor_bytes)
         return Encoded(data, self._costs(symbols, raw_bytes=lower.nbytes // max(len(lower), 1)))
 
@@ -87,23 +89,26 @@ class DenseCoder(Coder):
         Raises:
             DamagedError: the data cannot be a block's, or a block before it was damaged.
         """
+        with self._in_turn():
+            mode = data[0] if len(data) else -1
+            if mode == 0:
+                decode_tensors(data[1:], tensors)
+                upper, _ = self._split(tensors)
+                self._record(index, upper, _symbols(upper.shape))
+            elif mode == 1:
+                self._decode(index, data[1:], tensors)
+            else:
+                raise DamagedError("a dense block has an unknown mode")
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """Where a block is walked, in parallel with others: each on one thread, and if it fails, the later ones do."""
         try:
             with single_threaded:
-                self._decode_mode(index, data, tensors)
+                yield
         except BaseException:
             self.abandon()
             raise
-
-    def _decode_mode(self, index: int, data: memoryview, tensors: Sequence[Array]) -> None:
-        mode = data[0] if len(data) else -1
-        if mode == 0:
-            decode_tensors(data[1:], tensors)
-            upper, _ = self._split(tensors)
-            self._record(index, upper, _symbols(upper.shape))
-        elif mode == 1:
-            self._decode(index, data[1:], tensors)
-        else:
-            raise DamagedError("a dense block has an unknown mode")
 
     def abandon(self) -> None:
         """A block will never be decoded: those that wait for it raise DamagedError."""
@@ -146,11 +151,12 @@ class DenseCoder(Coder):
         """States [tokens], words and TILE more, and lower halves [rows, tokens] (no rows where the dtype has none)."""
         rows = int(self.rows[-1]) if self.grid.raw_bits else 0
         words = int.from_bytes(data[:4], "little")
-        if len(data) != 4 + 4 * count + 2 * words + 2 * rows * count or not words:
+        if len(data) != 4 + 4 * count + 2 * words + 2 * rows * count:
             raise DamagedError("a dense block has another size than its words need")
         states = np.frombuffer(data, "<u4", count, offset=4).astype(np.uint32)
         body = np.frombuffer(data, "<u2", offset=4 + 4 * count).astype(np.uint16)
-        return states, np.append(body[:words], body[words - 1].repeat(TILE)), body[words:].reshape(rows, count)
+        last = body[words - 1] if words else np.uint16(0)
+        return states, np.append(body[:words], last.repeat(TILE)), body[words:].reshape(rows, count)
 
     def _steps(self, index: int) -> Iterator[Step]:
         """The block's walk: every layer from the bottom, tile after tile, behind the block before."""

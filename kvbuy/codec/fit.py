@@ -4,7 +4,7 @@ One Cholesky factor a layer gives every regression at once: its variables are th
 layer's own channels in coding order, and each channel is predicted from all variables before its pair. Floating point
 is at home here: a pack is data, and whoever fits it again may get another one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import erf
 from typing import Any
@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvbuy.codec.arrays import Array
-from kvbuy.codec.column import CLASSES, TAIL
+from kvbuy.codec.column import CLASSES
 from kvbuy.codec.grid import GRIDS
-from kvbuy.codec.pack import LONGEST, PackFacts, PackLayer
+from kvbuy.codec.pack import LONGEST, TAIL, PackFacts, PackLayer
 from kvbuy.codec.repeats import LENGTHS, find_repeats
 from kvbuy.codec.walk import REMEMBERED, STEADY
 from kvbuy.parts import FloatType
@@ -92,17 +92,23 @@ class Fit:
             turned.append(both.reshape(-1, both.shape[-1]).astype(np.float32))
         return turned
 
-    def finish(self, held_back: Sequence[Sample]) -> dict[str, npt.NDArray[Any]]:
-        """The pack's tensors; `held_back` are samples that were not observed (their values are the scales')."""
+    def finish(
+        self, held_back: Sequence[Sample], *, progress: Callable[[int, int], None] = lambda _, __: None
+    ) -> dict[str, npt.NDArray[Any]]:
+        """The pack's tensors; `held_back` are samples that were not observed (their values are the scales').
+
+        `progress` is told the layers done, and how many there are.
+        """
         tensors: dict[str, npt.NDArray[Any]] = {
             "distributions": _distributions(),
             "energy": _energy(),
             **_rotation(self.angles),
         }
-        drafts = [self._draft(index) for index in range(len(self.pairs))]
         tuning = Tuning(self, held_back)
-        for index, draft in enumerate(drafts):
-            tensors |= {f"layer.{index}.{name}": tensor for name, tensor in tuning.tune(index, draft).items()}
+        for index in range(len(self.pairs)):
+            tuned = tuning.tune(index, self._draft(index))
+            tensors |= {f"layer.{index}.{name}": tensor for name, tensor in tuned.items()}
+            progress(index + 1, len(self.pairs))
         tensors["known"] = tuning.known
         return tensors
 
@@ -126,8 +132,9 @@ class Fit:
         octave = np.floor(np.log2(127 / largest)).astype(np.int64)
         limit = (2**24 - 1) // 127
         rounded = np.round(weights * 2.0 ** octave[:, None])
-        octave -= np.abs(rounded).sum(axis=1) > limit  # (more than a thousand large weights: halve them)
-        rounded = np.round(weights * 2.0 ** octave[:, None])
+        while (excess := np.abs(rounded).sum(axis=1) > limit).any():  # more than a thousand large weights: halve them
+            octave -= excess
+            rounded = np.round(weights * 2.0 ** octave[:, None])
         mean = np.clip(np.round(self._mean[index] / 2.0**unit), -(2.0**29), 2.0**29).astype(np.int64)
         return Draft(rounded.astype(np.int8), unit, mean, feature_shift, np.clip(feature_shift - octave, -20, 20))
 
@@ -144,7 +151,8 @@ class Fit:
         weights, error = np.zeros((channels, len(square))), np.zeros(channels)
         for channel in range(0, channels, 2):
             known, rows = below + channel, slice(below + channel, below + channel + 2)
-            weights[channel : channel + 2, :known] = factor[rows, :known] @ inverse[:known, :known]
+            # (as factor @ inverse is 1, this is factor[rows, :known] @ inverse[:known, :known])
+            weights[channel : channel + 2, :known] = -factor[rows, rows] @ inverse[rows, :known]
             error[channel : channel + 2] = np.sqrt((factor[rows, known:] ** 2).sum(axis=1) / self.tokens)
         return weights, error
 
@@ -231,7 +239,7 @@ class Tuning:
         repeats, factor = np.zeros((2, len(LENGTHS) + 1, 2), np.int16), np.ones(len(values))
         for part, rows in enumerate((~values, values)):
             fresh = self.order == 0
-            base = float((rest[rows][:, fresh] ** 2).mean()) if fresh.sum() >= 20 else 1.0
+            base = max(float((rest[rows][:, fresh] ** 2).mean()), 1e-12) if fresh.sum() >= 20 else 1.0
             factor[rows] = np.sqrt(base)
             for order in range(1, len(LENGTHS) + 1):
                 at = np.flatnonzero(self.order == order)

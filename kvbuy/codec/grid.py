@@ -16,32 +16,20 @@ float32 is cut into its upper 16 bits, which are coded like a bfloat16, and its 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import numba
 import numpy as np
 import numpy.typing as npt
 from numba.extending import intrinsic
 
+from kvbuy.codec.compiled import inlined
 from kvbuy.manifest import FloatType
 
 Codes = npt.NDArray[np.int32]
 Halves = npt.NDArray[np.uint16]  # bit patterns: of 16-bit floats, or the upper halves of float32
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 narrow = cast(Callable[[Any], int], np.int32)  # compiled integers grow to 64 bits, which are slow, unless cut at once
-
-
-def compiled(function: Function) -> Function:
-    """Compile a function of integers. (Its floats are guesses, or integers below 2**24: any order of sums will do.)"""
-    compiler = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
-    return cast(Function, compiler(function))
-
-
-def inlined(function: Function) -> Function:
-    """Compile a function into its callers."""
-    compiler = numba.njit(nogil=True, forceinline=True, error_model="numpy", fastmath={"contract", "reassoc"})
-    return cast(Function, compiler(function))
 
 
 class Format(NamedTuple):

@@ -8,28 +8,31 @@ from functools import lru_cache
 from importlib.util import find_spec
 
 from kvbuy.codec import Coder
-from kvbuy.codec.pack import Pack, PackLayer, find_pack, find_pack_for
+from kvbuy.codec.pack import LONGEST, Pack, find_pack, find_pack_for
 from kvbuy.errors import DamagedError, PackError, UsageError
 from kvbuy.manifest import Fingerprint, FullLayer, Manifest
 
 keep_pack = lru_cache(maxsize=1)(find_pack)  # a pack is named by its digest: what was read once stays right
 
 
-def plan_dense(fingerprint: Fingerprint) -> str:
-    """The digest of the pack to encode with, for a model.
+def plan_dense(fingerprint: Fingerprint, *, tokens: int) -> str:
+    """The digest of the pack to encode a document with, for a model.
 
     Raises:
-        UsageError: the extra `dense` is not installed.
+        UsageError: the extra `dense` is not installed, or the document is too long.
         PackError: the model has no pack here.
+        DamagedError: its newest one is no good.
     """
     refuse_without_numba()
+    if tokens > LONGEST:
+        raise UsageError(f"dense codes documents of at most {LONGEST} tokens, not {tokens}", hint="use the codec fast")
     digest = find_pack_for(fingerprint.sha256())
     if digest is None:
         raise PackError(
             "dense needs a pack for this model and dtype, and there is none here",
             hint="fit one, once for all its documents: kvbuy pack fit (--model as for precompute); or take fast",
         )
-    return digest
+    return keep_pack(digest).digest
 
 
 def open_dense(manifest: Manifest, tokens: Sequence[int], *, digest: str) -> Coder:
@@ -52,10 +55,10 @@ def refuse_foreign(pack: Pack, manifest: Manifest) -> None:
     """Raise DamagedError where an artifact's pack was made for another model or for layers of other shapes."""
     facts = pack.facts
     full = [layer for layer in manifest.layers if isinstance(layer, FullLayer)]
-    shapes = tuple(PackLayer(heads=one.heads, key_dim=one.key_dim, value_dim=one.value_dim) for one in full)
-    alone = isinstance(manifest.layers[0], FullLayer)
-    found = (facts.fingerprint, facts.dtype, facts.layers, facts.alone)
-    if found != (manifest.fingerprint.sha256(), manifest.fingerprint.dtype, shapes, alone):
+    wanted = [(layer.heads, layer.key_dim, layer.value_dim) for layer in full]
+    shapes = [(layer.heads, layer.key_dim, layer.value_dim) for layer in facts.layers]
+    same = (facts.fingerprint, facts.dtype) == (manifest.fingerprint.sha256(), manifest.fingerprint.dtype)
+    if not same or shapes != wanted or (facts.alone and not isinstance(manifest.layers[0], FullLayer)):
         raise DamagedError(f"the pack {pack.digest[:12]}... belongs to another model than the artifact that names it")
 
 

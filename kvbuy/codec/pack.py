@@ -24,6 +24,7 @@ are checked when it is opened, so that numbers stay within 32 bits and feature s
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -135,12 +136,12 @@ class Listed:
 
 def list_packs() -> list[Listed]:
     """The packs in the store, newest first. Only headers are read; what has none is no pack, and is left out."""
-    found = sorted(pack_folder().glob(f"*{PACK_SUFFIX}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     packs = []
-    for path in found:
-        with suppress(DamagedError, OSError):
-            packs.append(Listed(path, _read_facts(path)))
-    return packs
+    for path in pack_folder().glob(f"*{PACK_SUFFIX}"):
+        if re.fullmatch("[0-9a-f]{64}", path.name.removesuffix(PACK_SUFFIX)):
+            with suppress(DamagedError, OSError):
+                packs.append((path.stat().st_mtime_ns, Listed(path, _read_facts(path))))
+    return [listed for _, listed in sorted(packs, key=lambda pack: pack[0], reverse=True)]
 
 
 def make_pack(facts: PackFacts, tensors: Mapping[str, Tensor]) -> tuple[Pack, bytes]:
@@ -172,7 +173,8 @@ def read_pack(path: Path) -> tuple[Pack, bytes]:
         raw = path.read_bytes()
         return parse_pack(raw), raw
     except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror}") from error
+        hint = "kvbuy pack add takes the file NAME.pack.safetensors that the publisher gave you"
+        raise StoreError(f"cannot read {path}: {error.strerror}", hint=hint) from error
     except DamagedError as error:
         error.message = f"{path.name}: {error.message}"
         raise
@@ -188,7 +190,7 @@ def parse_pack(raw: bytes) -> Pack:
     facts = _parse_facts(raw[8 : 8 + header])
     try:
         tensors = load(raw)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:  # numpy has not every dtype
         raise DamagedError(f"{NO_PACK}: {str(error)[:200]}") from error
     pack = Pack(facts=facts, tensors=tensors, digest=hashlib.sha256(raw).hexdigest(), size=len(raw))
     _check(pack)
@@ -203,13 +205,19 @@ def _read_facts(path: Path) -> PackFacts:
 
 def _parse_facts(header: bytes) -> PackFacts:
     try:
-        return PackFacts.model_validate_json(json.loads(header)["__metadata__"][KEY])
-    except (ValidationError, ValueError, KeyError, TypeError) as error:
+        metadata = json.loads(header)["__metadata__"]
+        facts = PackFacts.model_validate_json(metadata[KEY])
+    except (ValidationError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"{NO_PACK}: {str(error).splitlines()[0][:200]}") from error
+    if metadata != {KEY: facts.canonical().decode()}:
+        raise DamagedError(f"{NO_PACK}: its metadata is not canonical, or holds something else")
+    return facts
 
 
 def _check(pack: Pack) -> None:
     facts, tensors = pack.facts, pack.tensors
+    numbers = [layer.heads * dim for layer in facts.layers for dim in (layer.key_dim, layer.value_dim)]
+    _demand(not any(count % 2 for count in numbers), "shapes")
     pairs = facts.layers[0].channels // 2
     wanted: dict[str, tuple[Any, tuple[int, ...]]] = {
         "known": (np.uint8, (pairs, 2, 64)),
@@ -233,9 +241,9 @@ def _check(pack: Pack) -> None:
     if found != wanted:
         odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         raise DamagedError(f"the pack's tensor {odd[0][:80]!r} is missing, unknown or has another shape")
-    steps = np.diff(tensors["distributions"], axis=1)
+    steps = np.diff(tensors["distributions"].astype(np.int64), axis=1)
     _demand((steps >= 0).all() and (tensors["distributions"][:, [0, -1]] == (0, TAIL)).all(), "distributions")
-    _demand((np.abs(tensors["energy"]) <= 64).all(), "energy")
+    _demand((np.abs(tensors["energy"].astype(np.int64)) <= 64).all(), "energy")
     for index in range(len(facts.layers)):
         _check_layer(pack, index)
 
@@ -251,12 +259,13 @@ def _check_layer(pack: Pack, index: int) -> None:
     later = np.triu(np.ones((count // 2, count // 2), bool))
     _demand(not chain.transpose(0, 2, 1, 3)[later].any(), "weights")
     _demand(((channels[:, 2] >= 0) & (channels[:, 2] <= 31)).all(), "channels")
-    _demand((np.abs(channels[:, 3]) <= 20).all(), "channels")
+    _demand((np.abs(channels[:, 3].astype(np.int64)) <= 20).all(), "channels")
     _demand(((channels[:, 4] >= 0) & (channels[:, 4] <= 16)).all(), "channels")
     _demand((np.abs(channels[:, :2].astype(np.int64)) <= (2**29, 2**28)).all(), "channels")
     _demand((np.abs(pack.layer(index, "origin").astype(np.int32)) <= 1024).all(), "origin")
     _demand((pack.layer(index, "classes") <= 144).all(), "classes")
-    _demand((np.abs(pack.layer(index, "repeats").astype(np.int32)) <= 64).all(), "repeats")
+    repeats = pack.layer(index, "repeats").astype(np.int32)
+    _demand((np.abs(repeats) <= 64).all() and not repeats[:, 0].any(), "repeats")
 
 
 def _demand(holds: Any, what: str) -> None:

@@ -16,7 +16,6 @@ from kvbuy.codec.column import (
     PREDICTION,
     RECIPROCAL,
     SIDE,
-    TAIL,
     VALUE,
     WIDER,
     Channel,
@@ -29,7 +28,9 @@ from kvbuy.codec.column import (
     zone_end,
     zone_origin,
 )
-from kvbuy.codec.grid import Codes, Halves, compiled, edge, inlined, narrow, rank, to_code
+from kvbuy.codec.compiled import compiled, inlined
+from kvbuy.codec.grid import Codes, Halves, edge, narrow, rank, to_code
+from kvbuy.codec.pack import TAIL
 from kvbuy.codec.repeats import TILE
 
 AT_ONCE = 0xFFFF

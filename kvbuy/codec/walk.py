@@ -34,12 +34,12 @@ from kvbuy.codec.column import (
     decode_column,
     guess_codes,
 )
+from kvbuy.codec.compiled import compiled
 from kvbuy.codec.grid import (
     Codes,
     Halves,
     centre,
     clip,
-    compiled,
     greater,
     lesser,
     narrow,
