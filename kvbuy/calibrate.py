@@ -100,7 +100,7 @@ def fit_pack(model: Model, texts: Sequence[str] = (), *, progress: Progress = la
             fit.observe(take(token_ids))
     pack, raw = make_pack(facts, fit.finish(kept, progress=partial(progress, LAYERS)))
     ratio, fast_ratio, token_bytes = _try_out(pack, take(last))
-    return Fitted(pack, add_pack(raw), ratio, fast_ratio, token_bytes, time.perf_counter() - started)
+    return Fitted(pack, add_pack(pack, raw), ratio, fast_ratio, token_bytes, time.perf_counter() - started)
 
 
 def cut_samples(model: Model, texts: Sequence[str]) -> list[tuple[int, ...]]:

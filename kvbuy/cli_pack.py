@@ -1,4 +1,4 @@
-"""The command line of packs: `kvbuy pack fit`, `add`, `ls`."""
+"""The command line of packs: `kvbuy pack fit`, `add`, `push`, `pull`, `ls`."""
 
 import sys
 from pathlib import Path
@@ -10,6 +10,8 @@ from kvbuy.options import AdapterOption, DeviceOption, DtypeOption, JsonOption
 
 if TYPE_CHECKING:
     from kvbuy.models import Model
+
+PackOption = Annotated[str | None, typer.Option("--pack", help="Its digest, or the beginning. [default: newest; all]")]
 
 app = typer.Typer(help="Packs: what the codec dense knows of a model.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -58,12 +60,55 @@ def add(
     from kvbuy import render
     from kvbuy.codec.pack import add_pack, read_pack
 
-    _, raw = read_pack(file)
-    path = add_pack(raw)
+    path = add_pack(*read_pack(file))
     if json:
         render.print_json({"path": str(path)})
     else:
         print(path)
+
+
+@app.command()
+def push(
+    repo: Annotated[str, typer.Argument(help="Repository on the Hub: USER/NAME.")],
+    pack: PackOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Upload a pack to the Hub, beside the artifacts that need it.
+
+    Example: kvbuy pack push me/my-packs
+    """
+    from kvbuy import render
+    from kvbuy.codec.pack import choose_pack
+    from kvbuy.hub import push_file
+
+    chosen = choose_pack(pack)
+    commit = push_file(chosen.path, repo)
+    if json:
+        render.print_json({"digest": chosen.digest, "repo": repo, "commit": commit})
+    else:
+        print(commit)
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(help="Repository on the Hub: USER/NAME.")],
+    pack: PackOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Get packs from the Hub into the store.
+
+    All of the repository's packs, if none is named. Example: kvbuy pack pull me/my-packs
+    """
+    from kvbuy import render
+    from kvbuy.codec.pack import add_pack, read_pack, select_packs
+    from kvbuy.hub import list_files, pull_file
+
+    paths = [add_pack(*read_pack(pull_file(repo, name))) for name in select_packs(list_files(repo), pack, where=repo)]
+    if json:
+        render.print_json({"paths": [str(path) for path in paths]})
+    else:
+        for path in paths:
+            print(path)
 
 
 @app.command()

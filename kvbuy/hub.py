@@ -1,8 +1,10 @@
 """The Hugging Face Hub: the only user of huggingface_hub, whose errors become ours here."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from kvbuy.errors import ModelError
+from kvbuy.errors import ModelError, StoreError
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "spiece.model", "merges.txt", "vocab.txt"]
 
@@ -34,3 +36,52 @@ def fetch_model(repo: str, *, revision: str | None = None, offline: bool = False
     except Exception as error:  # a download that breaks midway lets its HTTP library's errors through
         raise ModelError(f"the download of {repo} broke off: {error}", hint="try again: it resumes") from error
     return Path(folder)
+
+
+def push_file(path: Path, repo: str) -> str:
+    """Upload a file to a model repository, which is made where it is missing; returns the commit's address.
+
+    Raises:
+        StoreError: not logged in, no right to write there, or the Hub is out of reach.
+    """
+    from huggingface_hub import HfApi
+
+    with _reaching(repo):
+        api = HfApi()
+        api.create_repo(repo, exist_ok=True)
+        done = api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=repo)
+    return str(done.commit_url)
+
+
+def list_files(repo: str) -> list[str]:
+    """The names of a model repository's files (StoreError where it cannot be reached)."""
+    from huggingface_hub import HfApi
+
+    with _reaching(repo):
+        return HfApi().list_repo_files(repo)
+
+
+def pull_file(repo: str, name: str) -> Path:
+    """A file of a model repository, in the Hub's own cache (StoreError where it cannot be had)."""
+    from huggingface_hub import hf_hub_download
+
+    with _reaching(repo):
+        return Path(hf_hub_download(repo, name))
+
+
+@contextmanager
+def _reaching(repo: str) -> Iterator[None]:
+    """Turn what goes wrong between here and a repository into a StoreError."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise StoreError(f"{repo!r} is no Hub id", hint="name a repository as USER/NAME") from error
+    except (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.LocalTokenNotFoundError) as error:
+        hint = "check the spelling; writing, and what is private or gated, needs: hf auth login"
+        raise StoreError(f"{repo} is not on the Hub, or not for you", hint=hint) from error
+    except errors.HfHubHTTPError as error:
+        raise StoreError(f"the Hub refused: {str(error).splitlines()[0]}", hint="log in: hf auth login") from error
+    except Exception as error:  # a broken line lets its HTTP library's errors through
+        raise StoreError(f"{repo} cannot be reached: {error}", hint="check the connection, and try again") from error

@@ -204,7 +204,7 @@ def _pack_row(codec: Codec) -> dict[str, str]:
     """The pack that an artifact is decoded with, and whether it is here."""
     if not isinstance(codec, DenseCodec):
         return {}
-    here = "here" if pack_path(codec.pack).is_file() else "not here; get its file, then: kvbuy pack add FILE"
+    here = "here" if pack_path(codec.pack).is_file() else "not here: kvbuy pack pull REPO, or kvbuy pack add FILE"
     return {"pack": f"{codec.pack} ({here})"}
 
 

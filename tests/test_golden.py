@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from kvbuy.artifact import Artifact
-from kvbuy.codec.pack import add_pack
+from kvbuy.codec.pack import add_pack, read_pack
 from kvbuy.reader import check_contents
 from kvbuy.recode import convert
 
@@ -110,7 +110,7 @@ def packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store with the golden packs."""
     monkeypatch.setenv("KVBUY_CACHE", str(tmp_path))
     for pack in FOLDER.with_name("v1-dense").glob("*.pack.safetensors"):
-        add_pack(pack.read_bytes())
+        add_pack(*read_pack(pack))
 
 
 @by_codec_and_name

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def llama_pack(llama: Model, tmp_path_factory: pytest.TempPathFactory) -> Fitted
 @pytest.fixture
 def fitted(llama_pack: Fitted) -> Fitted:
     """The tiny Llama's pack, in the store."""
-    return replace(llama_pack, path=add_pack(llama_pack.path.read_bytes()))
+    return replace(llama_pack, path=add_pack(*read_pack(llama_pack.path)))
 
 
 def glm4() -> PreTrainedConfig:
@@ -204,7 +205,7 @@ def test_inspect_names_the_pack_and_says_whether_it_is_here(fitted: Fitted, made
     assert f"{fitted.pack.digest} (here)" in shown
     fitted.path.unlink()
     shown = CliRunner().invoke(app, ["inspect", str(dense.path)], env={"COLUMNS": "200"}).stdout
-    assert f"{fitted.pack.digest} (not here; get its file, then: kvbuy pack add FILE)" in shown
+    assert f"{fitted.pack.digest} (not here: kvbuy pack pull REPO, or kvbuy pack add FILE)" in shown
 
 
 def test_another_model_s_pack_is_refused(
@@ -349,6 +350,54 @@ def test_pack_fit_add_and_ls_speak_json(llama_folder: Path, tmp_path: Path, monk
     listed = json.loads(run.invoke(app, ["pack", "ls", "--json"]).stdout)["packs"]
     assert [(one["digest"], one["path"]) for one in listed] == [(fitted["digest"], added["path"])]
     assert fitted["digest"][:12] in run.invoke(app, ["pack", "ls"]).stdout
+
+
+class FakeHub:
+    """Repositories as folders, in the place of the Hub's client."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def create_repo(self, repo: str, *, exist_ok: bool) -> None:
+        (self.folder / repo).mkdir(parents=True, exist_ok=exist_ok)
+
+    def upload_file(self, *, path_or_fileobj: Path, path_in_repo: str, repo_id: str) -> SimpleNamespace:
+        (self.folder / repo_id / path_in_repo).write_bytes(path_or_fileobj.read_bytes())
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+    def list_repo_files(self, repo: str) -> list[str]:
+        return ["README.md", *sorted(path.name for path in (self.folder / repo).iterdir())]
+
+    def hf_hub_download(self, repo: str, name: str) -> str:
+        return str(self.folder / repo / name)
+
+
+def test_a_pack_is_pushed_to_the_hub_and_pulled_from_it(
+    fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = FakeHub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.hf_hub_download)
+    run, digest = CliRunner(), fitted.pack.digest
+    pushed = json.loads(run.invoke(app, ["pack", "push", "me/packs", "--json"]).stdout)
+    assert pushed == {"digest": digest, "repo": "me/packs", "commit": "https://hub/me/packs/commit/1"}
+    monkeypatch.setenv("KVBUY_CACHE", str(tmp_path / "buyer"))
+    pulled = json.loads(run.invoke(app, ["pack", "pull", "me/packs", "--pack", digest[:8], "--json"]).stdout)
+    assert pulled == {"paths": [str(pack_folder() / fitted.path.name)]}
+    assert find_pack(digest).facts == fitted.pack.facts
+    missing = run.invoke(app, ["pack", "pull", "me/packs", "--pack", "f" * 64])
+    assert isinstance(missing.exception, PackError)
+    (hub.folder / "me/packs" / fitted.path.name).write_bytes(b"something else")
+    broken = run.invoke(app, ["pack", "pull", "me/packs"])
+    assert isinstance(broken.exception, DamagedError)
+
+
+def test_a_hub_out_of_reach_is_said_to_be(fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for command in (["pack", "push", "me/packs"], ["pack", "pull", "me/packs"], ["pack", "pull", "no id at all!"]):
+        caught = CliRunner().invoke(app, command).exception
+        assert isinstance(caught, StoreError)
+        assert caught.hint is not None
 
 
 def test_precompute_offers_to_fit_where_somebody_is_there_to_ask(

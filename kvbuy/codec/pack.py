@@ -25,7 +25,7 @@ are checked when it is opened, so that numbers stay within 32 bits and feature s
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from kvbuy.errors import DamagedError, PackError, StoreError
+from kvbuy.errors import DamagedError, PackError, StoreError, UsageError
 from kvbuy.parts import Digest, FloatType, Label, Part
 from kvbuy.store import PACK_SUFFIX, pack_folder, pack_path
 from kvbuy.whole import write_whole
@@ -105,7 +105,7 @@ def find_pack(digest: str) -> Pack:
     if not path.is_file():
         raise PackError(
             f"this artifact is decoded with the pack {digest[:12]}..., which is not here",
-            hint="get its file from whoever published the artifact, then: kvbuy pack add FILE",
+            hint="whoever published the artifact has it: kvbuy pack pull REPO, or kvbuy pack add FILE",
         )
     pack, _ = read_pack(path)
     if pack.digest != digest:
@@ -150,14 +150,38 @@ def make_pack(facts: PackFacts, tensors: Mapping[str, Tensor]) -> tuple[Pack, by
     return parse_pack(raw), raw
 
 
-def add_pack(raw: bytes) -> Path:
-    """Put a pack's bytes into the store; returns where it lies.
+def choose_pack(digest: str | None) -> Listed:
+    """The pack in the store whose digest is or begins so, the newest where none is named.
 
     Raises:
-        DamagedError: it is no pack.
+        PackError: there is none.
+        UsageError: the beginning fits several.
+    """
+    packs = list_packs()
+    if not packs:
+        raise PackError("there are no packs here", hint="make one: kvbuy pack fit")
+    names = select_packs([one.path.name for one in packs], digest, where="the store")
+    if digest is not None and len(names) > 1:
+        raise UsageError(f"{digest} begins the digests of {len(names)} packs", hint="give more of it")
+    return next(one for one in packs if one.path.name == names[0])
+
+
+def select_packs(names: Sequence[str], digest: str | None, *, where: str) -> list[str]:
+    """Of files' names, those of packs, whose digest is or begins so where one is named (PackError: none is)."""
+    packs = [name for name in names if re.fullmatch(rf"[0-9a-f]{{64}}{re.escape(PACK_SUFFIX)}", name)]
+    found = [name for name in packs if name.startswith(digest or "")]
+    if not found:
+        raise PackError(f"there is no pack {digest or ''} in {where}", hint=f"it has {len(packs)} packs")
+    return found
+
+
+def add_pack(pack: Pack, raw: bytes) -> Path:
+    """Put a pack into the store; `raw` are its file's bytes. Returns where it lies.
+
+    Raises:
         StoreError: it cannot be written; nothing is left behind.
     """
-    path = pack_path(parse_pack(raw).digest)
+    path = pack_path(pack.digest)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
