@@ -296,9 +296,10 @@ def _open(
     """Load an artifact and its model for questions."""
     from kvbuy import render
     from kvbuy.artifact import Artifact
-    from kvbuy.store import find_artifact
+    from kvbuy.store import find_artifact, refuse_missing_pack
 
     artifact = Artifact.open(find_artifact(kv))
+    refuse_missing_pack(artifact.manifest.codec)
     if kv is None and not quiet:
         render.say(f"artifact: {artifact.path}")
     if reuse is ReuseMode.ALIGN and len(artifact.manifest.blocks) == 1 and not quiet:

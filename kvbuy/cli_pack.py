@@ -122,7 +122,7 @@ def ls(json: JsonOption = False) -> None:
         render.say("there are no packs here; make one: kvbuy pack fit")
     if json:
         render.print_json({"packs": [render_pack.listed_json(one) for one in packs]})
-    else:
+    elif packs:
         render.print_table(render_pack.listed_table(packs))
 
 

@@ -64,6 +64,9 @@ def measure_json(artifact: "Artifact", found: "Measurement", lossy: Sequence["Lo
     }
 
 
+BESIDE_ZSTD_1 = ("zstd-3", "zstd-19")  # they cost the same, and the table is wide enough
+
+
 def print_measurement(artifact: "Artifact", found: "Measurement", lossy: Sequence["LossyMeasure"]) -> None:
     """Tables and a picture on stdout."""
     from rich.console import Console
@@ -142,13 +145,14 @@ def bar(share: float, *, width: int, ascii_only: bool) -> str:
 
 def egress_table(found: "Measurement") -> "Table":
     """What sending one load costs under each codec, and the egress price below which sending beats a prefill."""
-    table = plain_table("a load from", "$/GB", *(codec.name for codec in found.codecs))
+    codecs = [codec for codec in found.codecs if codec.name not in BESIDE_ZSTD_1]
+    table = plain_table("a load from", "$/GB", *(codec.name for codec in codecs))
     for price in EGRESS_PRICES:
-        loads = (dollars(egress_usd(codec.bytes, price.usd_per_gb)) for codec in found.codecs)
+        loads = (dollars(egress_usd(codec.bytes, price.usd_per_gb)) for codec in codecs)
         table.add_row(price.provider + ("*" if price.secondary else ""), f"{price.usd_per_gb:g}", *loads)
     table.add_section()
     for basis in PREFILL_PRICES:
-        evens = (dollars(_break_even(found, codec, basis)) for codec in found.codecs)
+        evens = (dollars(_break_even(found, codec, basis)) for codec in codecs)
         table.add_row(f"even, {basis.name}", "", *evens)
     return table
 

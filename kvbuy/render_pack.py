@@ -64,5 +64,5 @@ def listed_table(packs: Sequence["Listed"]) -> "Table":
     for one in packs:
         facts = listed_json(one)
         sizes = (megabytes(facts["bytes"]), f"{facts['tokens']} tokens")
-        table.add_row(one.digest, facts["model"], facts["dtype"], *sizes)
+        table.add_row(f"{one.digest[:12]}...", facts["model"], facts["dtype"], *sizes)
     return table

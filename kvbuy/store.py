@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import get_args
 
 from kvbuy.artifact import SUFFIX
-from kvbuy.errors import StoreError, UsageError
-from kvbuy.parts import CodecName
+from kvbuy.errors import PackError, StoreError, UsageError
+from kvbuy.parts import Codec, CodecName, DenseCodec
 
 PACK_SUFFIX = ".pack.safetensors"
 
@@ -26,6 +26,16 @@ def pack_folder() -> Path:
 def pack_path(digest: str) -> Path:
     """Where the pack of a digest is, if it is here."""
     return pack_folder() / f"{digest}{PACK_SUFFIX}"
+
+
+def refuse_missing_pack(codec: Codec) -> None:
+    """Raise PackError where an artifact of this codec cannot be decoded because its pack is not here."""
+    if isinstance(codec, DenseCodec) and not pack_path(codec.pack).is_file():
+        raise PackError(
+            f"the artifact is decoded with the pack {codec.pack}, which is not here",
+            hint=f"whoever published it has it: kvbuy pack pull USER/NAME --pack {codec.pack[:12]}, "
+            "or kvbuy pack add FILE",
+        )
 
 
 def find_artifact(name: Path | None, *, folder: Path | None = None) -> Path:

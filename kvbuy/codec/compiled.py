@@ -5,6 +5,7 @@ are inlined across files. So the results lie in kvbuy's cache under the digest o
 """
 
 import hashlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -42,3 +43,5 @@ def _folder() -> Path:
 
 
 _KEPT = _folder()
+if not _KEPT.is_dir():
+    logging.getLogger(__name__).warning("compiling the codec dense for this machine, once: about half a minute")

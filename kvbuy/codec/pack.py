@@ -98,18 +98,10 @@ def find_pack(digest: str) -> Pack:
     """The pack with a digest, from the store.
 
     Raises:
-        PackError: it is not there.
-        DamagedError: it is there, and is not what its name says.
+        StoreError: it cannot be read.
+        DamagedError: it is not what its name says.
     """
-    path = pack_path(digest)
-    if not path.is_file():
-        raise PackError(
-            f"this artifact is decoded with the pack {digest[:12]}..., which is not here",
-            hint="whoever published the artifact has it: kvbuy pack pull REPO, or kvbuy pack add FILE",
-        )
-    pack, _ = read_pack(path)
-    if pack.digest != digest:
-        raise DamagedError(f"{path} is not the pack that its name says", hint="remove it, and get it again")
+    pack, _ = read_pack(pack_path(digest))
     return pack
 
 
@@ -195,13 +187,17 @@ def read_pack(path: Path) -> tuple[Pack, bytes]:
     """A pack and its file's bytes (StoreError where they cannot be read, DamagedError where they are no pack's)."""
     try:
         raw = path.read_bytes()
-        return parse_pack(raw), raw
+        pack = parse_pack(raw)
     except OSError as error:
         hint = "kvbuy pack add takes the file NAME.pack.safetensors that the publisher gave you"
         raise StoreError(f"cannot read {path}: {error.strerror}", hint=hint) from error
     except DamagedError as error:
-        error.message = f"{path.name}: {error.message}"
-        raise
+        raise DamagedError(
+            f"{path.name}: {error.message}", hint="get it again; is it NAME.pack.safetensors?"
+        ) from error
+    if re.fullmatch("[0-9a-f]{64}", name := path.name.removesuffix(PACK_SUFFIX)) and name != pack.digest:
+        raise DamagedError(f"{path.name} is not the pack that its name says", hint="get it again: kvbuy pack add FILE")
+    return pack, raw
 
 
 def parse_pack(raw: bytes) -> Pack:
