@@ -122,7 +122,7 @@ UNLAWFUL = {
 }
 
 
-SIZES = [95, 96, 20, 22, 1, 6, 10]  # three blocks and four state tensors, of 96, 96, 48, 22, 44, 6 and 10 bytes
+SIZES = [95, 96, 24, 22, 22, 6, 10]  # three blocks and four state tensors, of 96, 96, 48, 22, 44, 6 and 10 bytes
 FAST = {"name": "fast", "sizes": SIZES}
 DENSE = FAST | {"name": "dense", "pack": "5" * 64}
 UNLAWFUL |= {
@@ -139,8 +139,11 @@ UNLAWFUL |= {
         FAST | {"sizes": [0, *SIZES[1:]]},
         "a piece has no bytes just where it decodes to none",
     ),
-    "an encoded size of petabytes": ("codec", FAST | {"sizes": [2**47, *SIZES[1:]]}, "more than the 160 it may have"),
-    "an encoded state that grows": ("codec", DENSE | {"sizes": [*SIZES[:-1], 75]}, "more than the 74 it may have"),
+    "an encoded size of petabytes": ("codec", FAST | {"sizes": [2**47, *SIZES[1:]]}, "it may have 48 to 160"),
+    "an encoded state that grows": ("codec", DENSE | {"sizes": [*SIZES[:-1], 75]}, "it may have 5 to 74"),
+    "a fast block below half": ("codec", FAST | {"sizes": [47, *SIZES[1:]]}, "has 47 bytes, it may have 48 to"),
+    "a dense block below a 64th": ("codec", DENSE | {"sizes": [1, *SIZES[1:]]}, "has 1 bytes, it may have 2 to"),
+    "a dense artifact's state below half": ("codec", DENSE | {"sizes": [*SIZES[:-1], 4]}, "has 4 bytes, it may have 5"),
 }
 
 
@@ -210,15 +213,15 @@ def test_a_coded_artifact_s_header_has_a_tensor_a_piece(codec: dict[str, object]
     assert {name: (entry["dtype"], *entry["data_offsets"]) for name, entry in entries.items() if name[0] != "_"} == {
         "block.0": ("U8", 0, 95),
         "block.1": ("U8", 95, 191),
-        "block.2": ("U8", 191, 211),
-        "state.1.key": ("U8", 211, 233),
-        "state.1.value": ("U8", 233, 234),
-        "state.2.conv.0": ("U8", 234, 240),
-        "state.2.recurrent.0": ("U8", 240, 250),
-        "tokens": ("I32", 250, 410),
-        "text": ("U8", 410, 450),
+        "block.2": ("U8", 191, 215),
+        "state.1.key": ("U8", 215, 237),
+        "state.1.value": ("U8", 237, 259),
+        "state.2.conv.0": ("U8", 259, 265),
+        "state.2.recurrent.0": ("U8", 265, 275),
+        "tokens": ("I32", 275, 435),
+        "text": ("U8", 435, 475),
     }
-    assert (manifest.kv_bytes(), manifest.stored_kv_bytes(), manifest.data_bytes()) == (322, 250, 450)
+    assert (manifest.kv_bytes(), manifest.stored_kv_bytes(), manifest.data_bytes()) == (322, 275, 475)
 
 
 def test_another_codec_changes_nothing_but_the_codec() -> None:
