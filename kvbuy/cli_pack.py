@@ -11,7 +11,7 @@ from kvbuy.options import AdapterOption, DeviceOption, DtypeOption, JsonOption
 if TYPE_CHECKING:
     from kvbuy.models import Model
 
-PackOption = Annotated[str | None, typer.Option("--pack", help="Its digest, or the beginning. [default: newest; all]")]
+PackOption = Annotated[str | None, typer.Option("--pack", help="The digest, or how it begins.")]
 
 app = typer.Typer(help="Packs: what the codec dense knows of a model.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -75,7 +75,7 @@ def push(
 ) -> None:
     """Upload a pack to the Hub, beside the artifacts that need it.
 
-    Example: kvbuy pack push me/my-packs
+    The newest, if none is named. Example: kvbuy pack push me/my-packs
     """
     from kvbuy import render
     from kvbuy.codec.pack import choose_pack

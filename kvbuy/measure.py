@@ -122,7 +122,7 @@ def find_coders(artifact: Artifact) -> tuple[dict[str, Opener], tuple[Absent, ..
             openers[name]()
         except (UsageError, PackError, DamagedError) as error:
             openers.pop(name, None)
-            absent.append(Absent(name, f"{error.message}; {error.hint}"))
+            absent.append(Absent(name, "; ".join(filter(None, (error.message, error.hint)))))
     return openers, tuple(absent)
 
 

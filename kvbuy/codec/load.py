@@ -31,8 +31,8 @@ def plan_dense(fingerprint: Fingerprint, *, tokens: int) -> str:
     if digest is None:
         raise PackError(
             "dense needs a pack for this model and dtype, and there is none here",
-            hint="get it: kvbuy pack pull USER/NAME; or fit one, in 10 to 15 minutes on two cores, for the model's "
-            "documents of all times: kvbuy pack fit --model MODEL; or take --codec fast",
+            hint="get it: kvbuy pack pull USER/NAME; or fit one, once for all the model's documents: "
+            "kvbuy pack fit --model MODEL (minutes); or take --codec fast",
         )
     return keep_pack(digest).digest
 
