@@ -31,9 +31,7 @@ from kvbuy.prefill import BLOCK_SIZE, prefill
 SAMPLE_TOKENS = 1024
 SAMPLES = 64  # of the default text
 FEWEST = 6
-SAME = (
-    0.99  # of a repeated token's values, where the first layer sees no context: rounding may differ by a block's shape
-)
+SAME = 0.99  # of values that repeat where no context is seen: rounding may differ by a block's shape
 LAYERS = "fitting layers"
 HELD_BACK = 8  # every eighth sample sets scales instead of weights; at most eight are kept in memory for that
 DEPTH = 2  # layers below: each makes the pack as much larger as the layer's own part
