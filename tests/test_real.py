@@ -21,7 +21,7 @@ def cut(model: Model, text: str, tokens: int) -> str:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("tokens", [255, 1000, 1024, 3774])
+@pytest.mark.parametrize("tokens", [1024, 3774])  # full blocks only, and a short last one
 def test_reuse_is_exact_and_aligned_reuse_is_a_single_pass(
     tokens: int, smollm2: Model, long_text: str, tmp_path: Path
 ) -> None:
