@@ -11,6 +11,7 @@ import typer
 
 from kvbuy.cli_pack import app as pack_app
 from kvbuy.cli_pack import offer_pack
+from kvbuy.cli_worth import bench, cost, measure, report
 from kvbuy.options import (
     AdapterOption,
     ArtifactArgument,
@@ -30,8 +31,6 @@ from kvbuy.options import (
 )
 
 if TYPE_CHECKING:
-    from kvbuy.artifact import Artifact
-    from kvbuy.lossy import LossyMeasure
     from kvbuy.reuse import Conversation
 
 app = typer.Typer(
@@ -329,49 +328,8 @@ def inspect(artifact: ArtifactArgument = None, json: JsonOption = False) -> None
         render.print_table(render.inspect_table(opened))
 
 
-@app.command()
-def measure(
-    artifact: ArtifactArgument = None,
-    lossy: Annotated[bool, typer.Option("--lossy", help="Compare int8 and fp8 too; runs the model.")] = False,
-    model: ModelOption = None,
-    adapter: AdapterOption = None,
-    device: DeviceOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Weigh an artifact's KV under each codec, and price a load.
-
-    Without --lossy no model is needed. Example: kvbuy measure
-    """
-    from kvbuy import render, render_measure
-    from kvbuy.artifact import Artifact
-    from kvbuy.measure import measure
-    from kvbuy.store import find_artifact
-
-    opened = Artifact.open(find_artifact(artifact))
-    if artifact is None and not json:
-        render.say(f"artifact: {opened.path}")
-    with render.token_progress() as progress:
-        measured = measure(opened, progress=progress)
-    compared = _compare_lossy(opened, model, adapter, device) if lossy else ()
-    if json:
-        render.print_json(render_measure.measure_json(opened, measured, compared))
-    else:
-        render_measure.print_measurement(opened, measured, compared)
-
-
-def _compare_lossy(
-    artifact: "Artifact", model: str | None, adapter: str | None, device: str | None
-) -> "tuple[LossyMeasure, ...]":
-    """Run an artifact's model on lossy encodings of it."""
-    from kvbuy import render
-    from kvbuy.lossy import measure_lossy
-    from kvbuy.models import find_model_for
-
-    loaded = find_model_for(artifact.manifest, model, adapter=adapter, say=render.say).load(device)
-    with render.token_progress() as progress:
-        return measure_lossy(artifact, loaded, progress=progress)
-
-
+for _verb in (measure, bench, cost, report):
+    app.command()(_verb)
 app.add_typer(pack_app, name="pack")
 
 

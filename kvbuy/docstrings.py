@@ -1,4 +1,4 @@
-"""The calibration text that is everywhere: READMEs, docstrings and sources of packages that it needs anyway.
+"""Text that is everywhere: READMEs, docstrings and sources of packages that it needs anyway, and Python's own help.
 
 English prose about software, and Python. Whoever serves other documents does better with texts of their own kind. It
 imports none of the packages it reads. Whatever speaks of a licence is left out: licences are documents that people
@@ -31,6 +31,13 @@ def calibration_texts() -> list[str]:
     if not texts:
         raise DocumentError("no package here has sources to make calibration text of", hint="give --text FILES")
     return texts
+
+
+def help_texts() -> str:
+    """Prose that every Python has, more than 100,000 tokens of it: the help topics of the language."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
 
 
 def _package_texts(package: str) -> Iterator[list[str]]:

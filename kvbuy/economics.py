@@ -1,89 +1,195 @@
-"""What a load costs: pure arithmetic over a dated price table. Knows prices and sizes, not artifacts or models.
+"""What a document's KV is worth: pure arithmetic over sizes, times and prices.
 
-A gigabyte is 1e9 bytes, as providers bill it. Every price says when it was read and where; the providers' own tables
-change, and some could be read at second hand only (`secondary`).
+It knows formulas, not where a figure is from (`kvbuy.cost` says that), nor artifacts, models or tables of prices.
+Money is US dollars, a gigabyte 1e9 bytes. `kvbuy/report/page.js` repeats the formulas for the report's sliders; a test
+holds the two together.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 GB = 1e9
+MILLION = 1e6
+
+
+Plan = Literal["prefill", "ship", "host"]
 
 
 @dataclass(frozen=True, slots=True)
-class EgressPrice:
-    """What a provider takes for sending a gigabyte to the internet, in US dollars, first paid tier."""
+class Case:
+    """A document that is loaded many times, and what things cost.
 
-    provider: str
-    usd_per_gb: float
-    date: str
-    source: str
-    secondary: bool
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillPrice:
-    """What prefilling a million tokens costs, in US dollars, and what that figure is based on."""
-
-    name: str
-    usd_per_million_tokens: float
-    basis: str
-
-
-_SURVEYS = "CloudToolStack, cloud egress cost optimization; Akave, what are egress fees"
-
-EGRESS_PRICES = (
-    EgressPrice("AWS", 0.09, "2026-05", _SURVEYS, secondary=True),
-    EgressPrice("Azure", 0.087, "2026-05", _SURVEYS, secondary=True),
-    EgressPrice("GCP premium", 0.12, "2026-05", _SURVEYS, secondary=True),
-    EgressPrice("GCP standard", 0.085, "2026-05", _SURVEYS, secondary=True),
-    EgressPrice("Cloudflare R2", 0.0, "2026-11", "Cloudflare docs, R2 pricing", secondary=False),
-    EgressPrice("Hugging Face", 0.0, "2026-08", "Hugging Face docs, Hub storage (no egress line)", secondary=False),
-)
-
-PAPER_TOKENS = 3774
-PAPER_PREFILL_USD = 1.5e6 / 80e6  # a document: 80 M loads of one cost $1.5 M to prefill
-
-LIST_PRICE = PrefillPrice(
-    "list price",
-    PAPER_PREFILL_USD / PAPER_TOKENS * 1e6,
-    "arXiv 2606.13361: $1.5 M for 80 M prefills of 3774 tokens; an API's list price, not what computing costs",
-)
-
-
-def gpu_prefill_price(what: str, parameters: float, *, flops: float, usd_per_hour: float) -> PrefillPrice:
-    """What a GPU's time costs: 2 FLOP a parameter and token (Kaplan et al. 2020, table 1), attention left out.
-
-    `what` names model and GPU, `flops` is what the GPU reaches in floating-point operations a second.
+    `prefill_usd` is one prefill, `ratio` prefill over reuse (load and first token), `loads` how many there are in all,
+    `hours` how long the KV is kept for them, `usd_per_gb_hour` what keeping a gigabyte costs. `input_usd` and
+    `read_usd` are what users pay for a million tokens uncached and cached, `publisher_share` the part of the margin
+    that goes to the publisher.
     """
-    usd_per_token = 2 * parameters / flops * usd_per_hour / 3600
-    gpu = f"{flops / 1e12:g} TFLOP/s at ${usd_per_hour:.2f} an hour"
-    basis = f"{what}: {parameters / 1e9:g} B parameters, 2 FLOP a parameter and token, {gpu}; attention left out"
-    return PrefillPrice("GPU cost", usd_per_token * 1e6, basis)
+
+    tokens: int
+    kv_bytes: float
+    prefill_usd: float
+    ratio: float
+    loads: float
+    usd_per_gb: float
+    usd_per_gb_hour: float
+    hours: float
+    input_usd: float
+    read_usd: float
+    publisher_share: float
+
+    @property
+    def reuse_usd(self) -> float:
+        """One reuse, on the machine that prefills: its share of the prefill's time."""
+        return self.prefill_usd / self.ratio
+
+    @property
+    def egress_usd(self) -> float:
+        """Sending the KV once."""
+        return egress_usd(self.kv_bytes, self.usd_per_gb)
+
+    @property
+    def residency_usd(self) -> float:
+        """Keeping the KV for all the hours."""
+        return self.kv_bytes / GB * self.usd_per_gb_hour * self.hours
 
 
-GPU_PRICE = gpu_prefill_price(
-    "the paper's Qwen3-4B on an H100 (2026-05, second hand, of a band from $1.99 to $6.88)",
-    4e9,
-    flops=500e12,
-    usd_per_hour=2.50,
-)
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What all loads of a case cost in each way, and what the tariff leaves.
 
-PREFILL_PRICES = (LIST_PRICE, GPU_PRICE)
+    `prefill`: every load computes the document. `ship`: every load fetches the KV and reuses it. `ship_once`: it is
+    fetched once and reused where it is. `host`: the provider keeps it and every load reuses it. Each of the last three
+    computes it once. `tariff` is what users pay for cached tokens, `uncached` what they would pay without; `margin` is
+    the tariff less hosting, and `publisher` and `provider` are its parts.
+    """
+
+    prefill: float
+    ship: float
+    ship_once: float
+    host: float
+    uncached: float
+    tariff: float
+    margin: float
+    publisher: float
+    provider: float
+
+    @property
+    def plan(self) -> Plan:
+        """The cheapest way for loads at many places: prefill, unless another one is cheaper."""
+        ways: dict[Plan, float] = {"prefill": self.prefill, "ship": self.ship, "host": self.host}
+        return min(ways, key=lambda way: ways[way])
+
+
+def count_costs(case: Case) -> Costs:
+    """What all loads cost."""
+    once, reuse = case.prefill_usd, case.loads * case.reuse_usd
+    host = once + reuse + case.residency_usd
+    tariff = case.loads * case.tokens / MILLION * case.read_usd
+    margin = tariff - host
+    publisher = case.publisher_share * max(margin, 0.0)
+    return Costs(
+        prefill=case.loads * once,
+        ship=once + reuse + case.loads * case.egress_usd,
+        ship_once=once + reuse + case.egress_usd,
+        host=host,
+        uncached=case.loads * case.tokens / MILLION * case.input_usd,
+        tariff=tariff,
+        margin=margin,
+        publisher=publisher,
+        provider=margin - publisher,
+    )
+
+
+def break_even_loads(case: Case) -> float | None:
+    """N*: after how many loads one prefill and reuse cost less than prefilling each time; None where they never do.
+
+    P + n P/r < n P gives n > r / (r - 1) for any price P and ratio r: a bit over one, for a high ratio.
+    """
+    return None if case.ratio <= 1 else case.ratio / (case.ratio - 1)
+
+
+def hosting_pays_from(case: Case) -> float | None:
+    """From how many loads hosting costs less than prefilling, residency counted; None where it never does."""
+    saving = case.prefill_usd - case.reuse_usd
+    return None if saving <= 0 else (case.prefill_usd + case.residency_usd) / saving
+
+
+def shipping_beats_prefill_below(case: Case) -> float:
+    """The price of a gigabyte below which shipping every load beats prefilling; 0 where none is low enough."""
+    saving = case.prefill_usd - case.reuse_usd - case.prefill_usd / case.loads
+    return max(saving, 0.0) / (case.kv_bytes / GB)
+
+
+def shipping_beats_hosting_below(case: Case) -> float:
+    """The price of a gigabyte below which shipping every load beats hosting."""
+    return case.residency_usd / case.loads / (case.kv_bytes / GB)
+
+
+def break_even_gbps(kv_bytes: float, prefill_seconds: float) -> float:
+    """The link, in gigabytes a second, on which fetching the KV takes as long as computing it."""
+    return kv_bytes / prefill_seconds / GB
+
+
+def transfer_seconds(size: float, link_gbit: float) -> float:
+    """How long `size` bytes take on a link of so many gigabits a second."""
+    return size * 8 / (link_gbit * 1e9)
+
+
+def break_even_tokens(
+    tokens: Sequence[int],
+    prefill_seconds: Sequence[float],
+    reuse_seconds: Sequence[float],
+    *,
+    seconds_per_token: float = 0.0,
+) -> float | None:
+    """The length from which reuse is faster than prefill, by curves through measured rows; None where it never is.
+
+    Prefill is a n + b n^2 (linear layers and attention), reuse c + d n (the prompt's rows and the bytes), each fitted
+    to least squares of relative errors; `seconds_per_token` comes on top of reuse, for a link. Needs two lengths (else
+    None). Below the shortest length it is an extrapolation.
+    """
+    if len(set(tokens)) < 2:
+        return None
+    a, b = _fit([(n, n * n) for n in tokens], prefill_seconds)
+    c, d = _fit([(1.0, n) for n in tokens], reuse_seconds)
+    gain = a - d - seconds_per_token  # b n^2 + gain n = c
+    if b == 0:
+        return None if gain <= 0 else c / gain
+    return (math.sqrt(gain**2 + 4 * b * c) - gain) / (2 * b)
 
 
 def egress_usd(size: float, usd_per_gb: float) -> float:
-    """What sending `size` bytes costs, in US dollars."""
+    """What sending `size` bytes costs."""
     return size / GB * usd_per_gb
 
 
-def prefill_usd(tokens: int, price: PrefillPrice) -> float:
-    """What prefilling so many tokens costs, in US dollars."""
-    return tokens / 1e6 * price.usd_per_million_tokens
+def gpu_usd(seconds: float, usd_per_hour: float) -> float:
+    """What a GPU's time costs."""
+    return seconds / 3600 * usd_per_hour
 
 
-def break_even_usd_per_gb(prefill: float, size: float) -> float:
-    """The egress price, in US dollars a gigabyte, below which sending `size` bytes is cheaper than a prefill.
+def tokens_usd(tokens: float, usd_per_million: float) -> float:
+    """What tokens cost at a price a million."""
+    return tokens / MILLION * usd_per_million
 
-    `prefill` is the prefill's cost in US dollars.
-    """
-    return prefill / (size / GB)
+
+def break_even_usd_per_gb(prefill_usd: float, size: float) -> float:
+    """The price of a gigabyte below which sending `size` bytes is cheaper than a prefill."""
+    return prefill_usd / (size / GB)
+
+
+def _fit(terms: Sequence[tuple[float, float]], values: Sequence[float]) -> tuple[float, float]:
+    """Factors x, y >= 0 of least squared relative error of x u + y v over the terms (u, v)."""
+    u, v = zip(*((u / value, v / value) for (u, v), value in zip(terms, values, strict=True)), strict=True)
+    uu, uv, vv = _dot(u, u), _dot(u, v), _dot(v, v)
+    x = (sum(u) * vv - sum(v) * uv) / (uu * vv - uv * uv)
+    y = (sum(v) * uu - sum(u) * uv) / (uu * vv - uv * uv)
+    if y < 0:
+        return sum(u) / uu, 0.0
+    return (x, y) if x >= 0 else (0.0, sum(v) / vv)
+
+
+def _dot(left: Sequence[float], right: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(left, right, strict=True))

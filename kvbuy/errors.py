@@ -14,6 +14,7 @@
 Expected outcomes are not here: verification returns a value (`kvbuy.verdict`). Only `kvbuy.cli.main` catches.
 """
 
+from importlib.util import find_spec
 from typing import ClassVar
 
 
@@ -85,3 +86,10 @@ class MisfitError(KvbuyError):
     def __init__(self, message: str, *, differences: tuple[str, ...], hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.differences = differences
+
+
+def refuse_without(*packages: str, what: str, extra: str) -> None:
+    """Raise UsageError where a package of an extra is not installed."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise UsageError(f"{what} needs {package}, which is not here", hint=f"pip install 'kvbuy[{extra}]'")

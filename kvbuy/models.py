@@ -1,5 +1,6 @@
 """Models: a loaded transformers model with its identity. Knows nothing of documents or artifacts' files."""
 
+import os
 import platform
 import warnings
 from dataclasses import dataclass
@@ -86,6 +87,8 @@ class FoundModel:
             ModelError: transformers cannot load or run it here.
         """
         place = choose_device(device)
+        if place.type == "cuda":
+            use_deterministic_kernels()
         tokenizer = self.tokenizer()
         dtype = DTYPES[self.fingerprint.dtype]
         with loading(self.label):
@@ -257,6 +260,12 @@ def _probe(model: PreTrainedModel) -> tuple[tuple[Layer, ...], tuple[StateTensor
 def _free_rows(tensor: StateTensor) -> tuple[int, ...]:
     """The shape, without the rows of a window: they grow with the document."""
     return (tensor.shape[0], *tensor.shape[2:]) if tensor.name in ("key", "value") else tensor.shape
+
+
+def use_deterministic_kernels() -> None:
+    """Let CUDA give equal bits for equal work; a kernel that cannot is named in a warning."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the process's first product
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def choose_device(wanted: str | None) -> torch.device:

@@ -43,3 +43,11 @@ TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
 TopPOption = Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Sample from this nucleus.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")]
 StopOption = Annotated[list[str] | None, typer.Option("--stop", help="Stop before this text; may be repeated.")]
+BenchOption = Annotated[
+    Path | None, typer.Option("--bench", help="The figures of a run: kvbuy bench --out FILE makes them.")
+]
+GpuHourOption = Annotated[
+    float | None, typer.Option("--gpu-usd-per-hour", min=0.0, help="What the machine costs that was measured.")
+]
+EgressOption = Annotated[float | None, typer.Option("--usd-per-gb", min=0.0, help="Price of egress.")]
+PricesOption = Annotated[Path | None, typer.Option("--prices", help="JSON file of prices that go first.")]

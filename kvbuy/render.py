@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
+EIGHTHS = " ▏▎▍▌▋▊▉"
+
 
 def print_json(value: Json) -> None:
     """One JSON object on stdout. What is not a finite number becomes null."""
@@ -276,6 +278,29 @@ def plain_table(*columns: str) -> "Table":
 def megabytes(size: int) -> str:
     """Bytes as a person reads them."""
     return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+
+
+def dollars(usd: float) -> str:
+    """Dollars as a person reads them: cents and more in full, less to three digits, millions as M."""
+    sign, size = "-" if usd < 0 else "", abs(usd)
+    if size >= 1e6:
+        return f"{sign}${size / 1e6:,.2f} M"
+    if size >= 1 or size == 0:
+        return f"{sign}${size:,.2f}"
+    return f"{sign}${size:.{2 - math.floor(math.log10(size))}f}"
+
+
+def bar(share: float, *, width: int, ascii_only: bool) -> str:
+    """A bar of `share` of `width` columns, to an eighth of a column where there are blocks for it."""
+    eighths = round(min(max(share, 0.0), 1.0) * max(width, 0) * 8)
+    if ascii_only:
+        return "#" * round(eighths / 8)
+    return ("█" * (eighths // 8) + EIGHTHS[eighths % 8]).rstrip()
 
 
 def _add_identity(table: "Table") -> None:

@@ -4,15 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from kvbuy.economics import (
-    EGRESS_PRICES,
-    PREFILL_PRICES,
-    PrefillPrice,
-    break_even_usd_per_gb,
-    egress_usd,
-    prefill_usd,
-)
-from kvbuy.render import Json, megabytes, plain_table
+from kvbuy.economics import break_even_usd_per_gb, egress_usd, tokens_usd
+from kvbuy.paper import PREFILL_PRICES, PrefillPrice
+from kvbuy.prices import shipped_prices
+from kvbuy.render import Json, bar, dollars, megabytes, plain_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,7 +16,6 @@ if TYPE_CHECKING:
     from kvbuy.lossy import LossyMeasure
     from kvbuy.measure import CodecMeasure, Measurement
 
-EIGHTHS = " ▏▎▍▌▋▊▉"
 WIDEST_BAR = 30
 LOSSY_NOTES = (
     "Greedy tokens equal to the exact cache's, the first that is not, and the largest KL (nats) and logit difference.",
@@ -45,16 +39,18 @@ def measure_json(artifact: "Artifact", found: "Measurement", lossy: Sequence["Lo
         "bounds": [asdict(bound) for bound in found.bounds],
         "lossy": [asdict(one) for one in lossy],
         "egress": [
-            {"codec": codec.name} | asdict(price) | {"usd_per_load": egress_usd(codec.bytes, price.usd_per_gb)}
+            {"codec": codec.name, "provider": price.name}
+            | price.model_dump(exclude={"name"})
+            | {"usd_per_load": egress_usd(codec.bytes, price.usd_per_gb)}
             for codec in found.codecs
-            for price in EGRESS_PRICES
+            for price in shipped_prices().egress
         ],
         "break_even": [
             {
                 "codec": codec.name,
                 "prefill": price.name,
                 "usd_per_million_tokens": price.usd_per_million_tokens,
-                "prefill_usd": prefill_usd(found.tokens, price),
+                "prefill_usd": tokens_usd(found.tokens, price.usd_per_million_tokens),
                 "usd_per_gb": _break_even(found, codec, price),
                 "basis": price.basis,
             }
@@ -135,21 +131,13 @@ def layer_table(found: "Measurement", *, width: int, ascii_only: bool) -> "Table
     return table
 
 
-def bar(share: float, *, width: int, ascii_only: bool) -> str:
-    """A bar of `share` of `width` columns, to an eighth of a column where there are blocks for it."""
-    eighths = round(min(max(share, 0.0), 1.0) * max(width, 0) * 8)
-    if ascii_only:
-        return "#" * round(eighths / 8)
-    return ("█" * (eighths // 8) + EIGHTHS[eighths % 8]).rstrip()
-
-
 def egress_table(found: "Measurement") -> "Table":
     """What sending one load costs under each codec, and the egress price below which sending beats a prefill."""
     codecs = [codec for codec in found.codecs if codec.name not in BESIDE_ZSTD_1]
     table = plain_table("a load from", "$/GB", *(codec.name for codec in codecs))
-    for price in EGRESS_PRICES:
+    for price in shipped_prices().egress:
         loads = (dollars(egress_usd(codec.bytes, price.usd_per_gb)) for codec in codecs)
-        table.add_row(price.provider + ("*" if price.secondary else ""), f"{price.usd_per_gb:g}", *loads)
+        table.add_row(price.name + ("*" if price.secondary else ""), f"{price.usd_per_gb:g}", *loads)
     table.add_section()
     for basis in PREFILL_PRICES:
         evens = (dollars(_break_even(found, codec, basis)) for codec in codecs)
@@ -161,11 +149,12 @@ def egress_notes(found: "Measurement") -> list[str]:
     """Where the prices come from, and what break-even means."""
     notes = [f"even: below that price of a GB, shipping is cheaper than a prefill of {found.tokens} tokens at"]
     for basis in PREFILL_PRICES:
-        usd = f"{dollars(prefill_usd(found.tokens, basis))} ({dollars(basis.usd_per_million_tokens)} a million tokens)"
+        million = basis.usd_per_million_tokens
+        usd = f"{dollars(tokens_usd(found.tokens, million))} ({dollars(million)} a million tokens)"
         notes.append(f"  {basis.name}: {usd}; {basis.basis}")
-    for source in dict.fromkeys(price.source for price in EGRESS_PRICES):
-        prices = [price for price in EGRESS_PRICES if price.source == source]
-        names = ", ".join(price.provider + ("*" if price.secondary else "") for price in prices)
+    for source in dict.fromkeys(price.source for price in shipped_prices().egress):
+        prices = [price for price in shipped_prices().egress if price.source == source]
+        names = ", ".join(price.name + ("*" if price.secondary else "") for price in prices)
         notes.append(f"{names}: {source}, {prices[0].date}")
     return [*notes, "* read at second hand, first paid tier"]
 
@@ -181,13 +170,8 @@ def lossy_table(lossy: Sequence["LossyMeasure"]) -> "Table":
     return table
 
 
-def dollars(usd: float) -> str:
-    """Dollars as a person reads them: cents and more in full, less to two digits."""
-    return f"${usd:.2f}" if usd >= 1 or usd == 0 else f"${usd:.2g}"
-
-
 def _break_even(found: "Measurement", codec: "CodecMeasure", price: PrefillPrice) -> float:
-    return break_even_usd_per_gb(prefill_usd(found.tokens, price), codec.bytes)
+    return break_even_usd_per_gb(tokens_usd(found.tokens, price.usd_per_million_tokens), codec.bytes)
 
 
 def _codec_json(codec: "CodecMeasure", numbers: Sequence[int]) -> Json:

@@ -1,8 +1,12 @@
 """Shared fixtures: small seeded random models, saved as ordinary model folders, and the real SmolLM2."""
 
+import json
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import pytest
 import torch
@@ -92,3 +96,50 @@ def smollm2() -> Model:
 def long_text() -> str:
     """Prose of more than 4,000 SmolLM2 tokens that every Python has."""
     return "\n".join(topics[name] for name in sorted(topics))[:60_000]
+
+
+@dataclass
+class Ran:
+    """A finished command."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """Stdout, which must be one JSON object and nothing else."""
+        value: dict[str, Any] = json.loads(self.out)
+        assert isinstance(value, dict)
+        return value
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], llama_folder: Path) -> Run:
+    """Run `kvbuy ARGS` in an empty folder, the tiny llama being `model`."""
+    from kvbuy.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(llama_folder, target_is_directory=True)
+    (tmp_path / "doc.txt").write_text(TEXT[:200])
+
+    def run(*args: str) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["kvbuy", *args])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code if isinstance(exit.code, int) else 1 if exit.code else 0
+        out, err = capsys.readouterr()
+        return Ran(code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def precomputed(run: Run) -> Ran:
+    return run("precompute", "doc.txt", "--model", "model", "--block-size", "64", "--json")

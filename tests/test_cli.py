@@ -1,61 +1,11 @@
 """The command line through `main`: what stands on stdout, what on stderr, and the exit codes."""
 
-import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TEXT
-
-from kvbuy.cli import main
-
-
-@dataclass
-class Ran:
-    """A finished command."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        """Stdout, which must be one JSON object and nothing else."""
-        value: dict[str, Any] = json.loads(self.out)
-        assert isinstance(value, dict)
-        return value
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], llama_folder: Path) -> Run:
-    """Run `kvbuy ARGS` in an empty folder, the tiny llama being `model`."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").symlink_to(llama_folder, target_is_directory=True)
-    (tmp_path / "doc.txt").write_text(TEXT[:200])
-
-    def run(*args: str) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["kvbuy", *args])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as exit:
-            code = exit.code if isinstance(exit.code, int) else 1 if exit.code else 0
-        out, err = capsys.readouterr()
-        return Ran(code, out, err)
-
-    return run
-
-
-@pytest.fixture
-def precomputed(run: Run) -> Ran:
-    return run("precompute", "doc.txt", "--model", "model", "--block-size", "64", "--json")
+from conftest import Ran, Run
 
 
 def test_precompute_prints_its_artifacts(precomputed: Ran) -> None:

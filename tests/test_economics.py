@@ -1,55 +1,129 @@
-"""The paper's arithmetic, and ours over its figures."""
-
-from datetime import datetime
+"""The arithmetic of what KV is worth."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvbuy.economics import (
-    EGRESS_PRICES,
-    GPU_PRICE,
-    LIST_PRICE,
-    PAPER_PREFILL_USD,
-    PAPER_TOKENS,
+    Case,
+    break_even_gbps,
+    break_even_loads,
+    break_even_tokens,
     break_even_usd_per_gb,
+    count_costs,
     egress_usd,
-    prefill_usd,
+    gpu_usd,
+    hosting_pays_from,
+    shipping_beats_hosting_below,
+    shipping_beats_prefill_below,
+    tokens_usd,
+    transfer_seconds,
 )
 
-PAPER_BYTES = 0.54e9
+CASE = Case(
+    tokens=1000,
+    kv_bytes=2e9,
+    prefill_usd=1.0,
+    ratio=10.0,
+    loads=100,
+    usd_per_gb=0.05,
+    usd_per_gb_hour=0.25,
+    hours=4,
+    input_usd=2000.0,
+    read_usd=200.0,
+    publisher_share=0.25,
+)
 
 
-def test_egress_of_the_papers_artifact_is_the_papers_figure() -> None:
-    assert egress_usd(PAPER_BYTES, 0.09) == pytest.approx(0.049, abs=0.0005)
+def change(case: Case, **fields: float) -> Case:
+    from dataclasses import replace
+
+    return replace(case, **fields)  # type: ignore[arg-type]
 
 
-def test_shipping_the_papers_artifact_costs_2_6_times_the_prefill_it_saves() -> None:
-    assert pytest.approx(0.01875) == PAPER_PREFILL_USD
-    assert egress_usd(PAPER_BYTES, 0.09) / prefill_usd(PAPER_TOKENS, LIST_PRICE) == pytest.approx(2.6, abs=0.05)
+def test_every_way_is_counted_with_its_parts() -> None:
+    costs = count_costs(CASE)
+    assert costs.prefill == 100
+    assert costs.ship == pytest.approx(1 + 100 * (0.1 + 0.1))
+    assert costs.ship_once == pytest.approx(1 + 100 * 0.1 + 0.1)
+    assert costs.host == pytest.approx(1 + 100 * 0.1 + 2 * 0.25 * 4)
+    assert (costs.uncached, costs.tariff) == (200, 20)
+    assert costs.margin == pytest.approx(7)
+    assert (costs.publisher, costs.provider) == pytest.approx((1.75, 5.25))
+    assert costs.plan == "host"
 
 
-def test_the_papers_prefill_price_is_a_list_price_of_4_97_dollars_a_million_tokens() -> None:
-    assert LIST_PRICE.usd_per_million_tokens == pytest.approx(4.97, abs=0.005)
-    assert "list price" in LIST_PRICE.basis
+def test_a_publisher_pays_for_no_loss() -> None:
+    costs = count_costs(change(CASE, read_usd=0))
+    assert costs.publisher == 0
+    assert costs.provider == costs.margin == -costs.host
 
 
-def test_a_gpu_prefills_the_papers_document_for_4_thousandths_of_a_cent() -> None:
-    assert prefill_usd(PAPER_TOKENS, GPU_PRICE) == pytest.approx(4.2e-5, rel=0.01)
-    assert "4 B parameters, 2 FLOP a parameter and token, 500 TFLOP/s at $2.50 an hour" in GPU_PRICE.basis
+def test_one_load_is_cheapest_prefilled() -> None:
+    assert count_costs(change(CASE, loads=1)).plan == "prefill"
 
 
-def test_shipping_and_prefill_cost_the_same_at_the_break_even() -> None:
-    prefill = prefill_usd(PAPER_TOKENS, LIST_PRICE)
-    price = break_even_usd_per_gb(prefill, PAPER_BYTES)
-    assert price == pytest.approx(0.0347, abs=0.0001)
-    assert egress_usd(PAPER_BYTES, price) == pytest.approx(prefill)
+def test_free_egress_beats_paid_residency() -> None:
+    assert count_costs(change(CASE, usd_per_gb=0)).plan == "ship"
 
 
-def test_a_gigabyte_is_a_thousand_million_bytes() -> None:
+def test_break_even_loads_are_about_one_for_a_high_ratio() -> None:
+    assert break_even_loads(change(CASE, ratio=49.7)) == pytest.approx(1.0205, abs=1e-4)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.5])
+def test_reuse_that_is_not_faster_never_pays(ratio: float) -> None:
+    slow = change(CASE, ratio=ratio)
+    assert (break_even_loads(slow), hosting_pays_from(slow)) == (None, None)
+    assert shipping_beats_prefill_below(slow) == 0
+
+
+POSITIVE = st.floats(0.01, 1e4)
+
+
+@given(POSITIVE, st.floats(1.01, 1000), st.floats(2, 1e9), POSITIVE)
+def test_hosting_and_prefill_cost_the_same_where_hosting_begins_to_pay(
+    prefill: float, ratio: float, loads: float, hours: float
+) -> None:
+    case = change(CASE, prefill_usd=prefill, ratio=ratio, loads=loads, hours=hours)
+    even = count_costs(change(case, loads=hosting_pays_from(case) or 0))
+    assert even.host == pytest.approx(even.prefill)
+
+
+@given(POSITIVE, st.floats(1.5, 1000), st.floats(10, 1e9))
+def test_shipping_costs_the_same_at_its_break_even_prices(prefill: float, ratio: float, loads: float) -> None:
+    case = change(CASE, prefill_usd=prefill, ratio=ratio, loads=loads)
+    with_prefill = count_costs(change(case, usd_per_gb=shipping_beats_prefill_below(case)))
+    assert with_prefill.ship == pytest.approx(with_prefill.prefill)
+    with_hosting = count_costs(change(case, usd_per_gb=shipping_beats_hosting_below(case)))
+    assert with_hosting.ship == pytest.approx(with_hosting.host)
+
+
+def test_the_length_from_which_reuse_is_faster_is_where_the_curves_cross() -> None:
+    tokens = [100, 1000, 4000]
+    prefill = [0.001 * n + 1e-7 * n * n for n in tokens]
+    reuse = [0.2 + 1e-5 * n for n in tokens]
+    found = break_even_tokens(tokens, prefill, reuse)
+    assert found is not None
+    assert 0.001 * found + 1e-7 * found**2 == pytest.approx(0.2 + 1e-5 * found)
+
+
+def test_a_slow_link_moves_the_length_or_takes_it_away() -> None:
+    tokens, prefill, reuse = [100, 1000], [0.1, 1.0], [0.2, 0.2]
+    near = break_even_tokens(tokens, prefill, reuse)
+    far = break_even_tokens(tokens, prefill, reuse, seconds_per_token=0.0005)
+    assert (near, far) == pytest.approx((200, 400))
+    assert break_even_tokens(tokens, prefill, reuse, seconds_per_token=0.002) is None
+
+
+def test_one_length_says_nothing_of_the_others() -> None:
+    assert break_even_tokens([100], [1.0], [0.1]) is None
+
+
+def test_units() -> None:
     assert egress_usd(1_000_000_000, 0.09) == 0.09
-
-
-def test_every_price_is_dated_and_has_a_source() -> None:
-    for price in EGRESS_PRICES:
-        assert datetime.strptime(price.date, "%Y-%m")
-        assert price.source
-    assert [price.provider for price in EGRESS_PRICES if not price.secondary] == ["Cloudflare R2", "Hugging Face"]
+    assert gpu_usd(3600, 2.5) == 2.5
+    assert tokens_usd(2_000_000, 3) == 6
+    assert break_even_gbps(3e9, 2) == 1.5
+    assert transfer_seconds(1e9, 10) == 0.8
+    assert break_even_usd_per_gb(0.01, 5e8) == 0.02

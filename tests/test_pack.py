@@ -221,7 +221,7 @@ def test_another_model_s_pack_is_refused(
 
 
 def test_without_numba_the_extra_is_named(made: Precomputed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvbuy.codec.load.find_spec", lambda _: None)
+    monkeypatch.setattr("kvbuy.errors.find_spec", lambda _: None)
     with pytest.raises(UsageError, match="numba") as caught:
         convert(made.artifact, codec="dense")
     assert caught.value.hint == "pip install 'kvbuy[dense]'"

@@ -5,11 +5,10 @@ Free of numba until a coder is made, so that whoever lacks the extra is told so 
 
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib.util import find_spec
 
 from kvbuy.codec import Coder
 from kvbuy.codec.pack import LONGEST, Pack, find_pack, find_pack_for
-from kvbuy.errors import DamagedError, PackError, UsageError
+from kvbuy.errors import DamagedError, PackError, UsageError, refuse_without
 from kvbuy.manifest import Fingerprint, FullLayer, Manifest
 from kvbuy.store import refuse_missing_pack
 
@@ -67,6 +66,4 @@ def refuse_foreign(pack: Pack, manifest: Manifest) -> None:
 
 def refuse_without_numba() -> None:
     """Raise UsageError where the extra `dense` is not installed."""
-    for package in ("numba", "threadpoolctl"):
-        if find_spec(package) is None:
-            raise UsageError(f"the codec dense needs {package}, which is not here", hint="pip install 'kvbuy[dense]'")
+    refuse_without("numba", "threadpoolctl", what="the codec dense", extra="dense")

@@ -1,0 +1,250 @@
+"""The command line of what KV is worth: `kvbuy measure`, `bench`, `cost`, `report`, a short recipe each."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvbuy.options import (
+    AdapterOption,
+    ArtifactArgument,
+    BenchOption,
+    CodecChoice,
+    DeviceOption,
+    DtypeOption,
+    EgressOption,
+    GpuHourOption,
+    JsonOption,
+    ModelOption,
+    PricesOption,
+)
+
+if TYPE_CHECKING:
+    from kvbuy.artifact import Artifact
+    from kvbuy.lossy import LossyMeasure
+
+
+def measure(
+    artifact: ArtifactArgument = None,
+    lossy: Annotated[bool, typer.Option("--lossy", help="Compare int8 and fp8 too; runs the model.")] = False,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    device: DeviceOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Weigh an artifact's KV under each codec, and price a load.
+
+    Without --lossy no model is needed. Example: kvbuy measure
+    """
+    from kvbuy import render, render_measure
+    from kvbuy.artifact import Artifact
+    from kvbuy.measure import measure
+    from kvbuy.store import find_artifact
+
+    opened = Artifact.open(find_artifact(artifact))
+    if artifact is None and not json:
+        render.say(f"artifact: {opened.path}")
+    with render.token_progress() as progress:
+        measured = measure(opened, progress=progress)
+    compared = _compare_lossy(opened, model, adapter, device) if lossy else ()
+    if json:
+        render.print_json(render_measure.measure_json(opened, measured, compared))
+    else:
+        render_measure.print_measurement(opened, measured, compared)
+
+
+def bench(
+    document: Annotated[
+        str | None, typer.Argument(metavar="[DOC]", help="UTF-8 text. [default: Python's help texts]")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Hub id or local folder. [default: as for precompute]")
+    ] = None,
+    adapter: AdapterOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    lengths: Annotated[
+        str | None, typer.Option("--lengths", help="Tokens, with commas. [default: 255,512,1024,2048,3774]")
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of each load; of each prefill at most 3.")] = 5,
+    block_size: Annotated[int, typer.Option("--block-size", help="Tokens a block; a multiple of 16.")] = 512,
+    codec: Annotated[CodecChoice, typer.Option("--codec", help="Lossless: raw, fast or dense.")] = CodecChoice.RAW,
+    baselines: Annotated[
+        bool, typer.Option("--baselines/--no-baselines", help="Measure other ways to reuse too.")
+    ] = True,
+    gguf: Annotated[Path | None, typer.Option("--gguf", help="The model for llama.cpp.")] = None,
+    vllm: Annotated[Path | None, typer.Option("--vllm", help="A Python that has vllm.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the figures there too, as JSON.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Measure prefill against reuse on this machine.
+
+    Takes minutes. Example: kvbuy bench --out bench.json
+    """
+    from kvbuy import render, render_bench
+    from kvbuy.artifact import refuse_unwritable
+    from kvbuy.docstrings import help_texts
+    from kvbuy.document import read_document
+    from kvbuy.figures import parse_lengths
+    from kvbuy.whole import write_whole
+
+    wanted = parse_lengths(lengths)
+    if out is not None:
+        refuse_unwritable(out, force=force)
+    text = help_texts() if document is None else read_document(document)
+
+    from kvbuy.bench import Plan, run_bench
+    from kvbuy.models import load_model
+
+    loaded = load_model(model, adapter=adapter, device=device, dtype=dtype, say=render.say)
+    plan = Plan(
+        lengths=wanted,
+        repeats=repeats,
+        block_size=block_size,
+        codec=codec.value,
+        baselines=baselines,
+        gguf=gguf,
+        vllm=vllm,
+    )
+    name = "Python's help texts" if document is None else Path(document).name
+    with render.token_progress() as progress:
+        found = run_bench(loaded, text, plan, name=name, progress=progress)
+    if out is not None:
+        with write_whole(out) as file:
+            file.write(found.model_dump_json(indent=2).encode())
+    if json:
+        render.print_json(found.model_dump())
+    else:
+        render_bench.print_benchmark(found)
+
+
+def cost(
+    artifact: Annotated[Path | None, typer.Argument(metavar="[ARTIFACT]", help="What is shipped or hosted.")] = None,
+    bench: BenchOption = None,
+    agents: Annotated[
+        list[float] | None,
+        typer.Option("--agents", min=1, help="Loads in all; repeatable. [default: 1, 1000, 1e6]"),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="[default: the artifact's]")] = None,
+    bytes_per_token: Annotated[float | None, typer.Option("--bytes-per-token", min=1)] = None,
+    prefill_seconds: Annotated[float | None, typer.Option("--prefill-seconds", min=1e-9)] = None,
+    reuse_seconds: Annotated[float | None, typer.Option("--reuse-seconds", min=1e-9)] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="Its price from the table.")] = None,
+    gpu_usd_per_hour: GpuHourOption = None,
+    egress: Annotated[str | None, typer.Option("--egress", help="Who ships, from the table.")] = None,
+    usd_per_gb: EgressOption = None,
+    keep: Annotated[str | None, typer.Option("--keep", help="Where hosted KV stays, from the table.")] = None,
+    hours: Annotated[float | None, typer.Option("--hours", min=0.0, help="How long. [default: 24]")] = None,
+    link_gbit: Annotated[float | None, typer.Option("--link-gbit", min=1e-6, help="Gbit/s. [default: 10]")] = None,
+    tariff: Annotated[str | None, typer.Option("--tariff", help="What users pay, from the table.")] = None,
+    publisher_share: Annotated[
+        float | None, typer.Option("--publisher-share", min=0.0, max=1.0, help="Of the margin. [default: 0.5]")
+    ] = None,
+    prices: PricesOption = None,
+    paper: Annotated[bool, typer.Option("--paper", help="The paper's table from its own inputs.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Say what loads cost: prefilled, shipped or hosted.
+
+    Example: kvbuy cost --bench bench.json --agents 1000
+    """
+    from kvbuy import render, render_cost
+
+    if paper:
+        from kvbuy.paper import paper_figures
+
+        figures = paper_figures()
+        if json:
+            render.print_json(render_cost.paper_json(figures))
+        else:
+            render_cost.print_paper(figures)
+        return
+
+    from kvbuy.artifact import Artifact
+    from kvbuy.cost import LOADS, Facts, Terms, estimate, find_subject
+    from kvbuy.figures import read_benchmark
+    from kvbuy.prices import read_prices
+
+    subject = find_subject(
+        None if artifact is None else Artifact.open(artifact),
+        None if bench is None else read_benchmark(bench),
+        Facts(tokens, bytes_per_token, prefill_seconds, reuse_seconds),
+    )
+    terms = Terms(
+        loads=tuple(agents) if agents else LOADS,
+        gpu=gpu,
+        usd_per_hour=gpu_usd_per_hour,
+        egress=egress,
+        usd_per_gb=usd_per_gb,
+        keep=keep,
+        hours=hours,
+        link_gbit=link_gbit,
+        tariff=tariff,
+        publisher_share=publisher_share,
+    )
+    found = estimate(subject, terms, read_prices(prices))
+    if json:
+        render.print_json(render_cost.cost_json(found))
+    else:
+        render_cost.print_cost(found)
+
+
+def report(
+    bench: BenchOption = None,
+    measure: Annotated[
+        Path | None, typer.Option("--measure", help="What an artifact weighs: kvbuy measure --json > FILE makes it.")
+    ] = None,
+    agents: Annotated[
+        list[float] | None, typer.Option("--agents", min=1, help="Where the slider of loads starts.")
+    ] = None,
+    gpu_usd_per_hour: GpuHourOption = None,
+    usd_per_gb: EgressOption = None,
+    prices: PricesOption = None,
+    out: Annotated[Path, typer.Option("--out", help="The page.")] = Path("report.html"),
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Make one HTML page of a bench run, a measurement and what they are worth.
+
+    Example: kvbuy report --bench bench.json --measure measure.json
+    """
+    from kvbuy import render
+    from kvbuy.artifact import refuse_unwritable
+    from kvbuy.cost import Facts, Terms, estimate, find_subject
+    from kvbuy.errors import UsageError, refuse_without
+    from kvbuy.figures import read_benchmark, read_weights
+    from kvbuy.prices import read_prices
+    from kvbuy.whole import write_whole
+
+    if bench is None and measure is None:
+        raise UsageError("there is nothing to report", hint="kvbuy bench --out bench.json, then --bench bench.json")
+    refuse_without("matplotlib", what="the report", extra="report")
+    refuse_unwritable(out, force=force)
+    run = None if bench is None else read_benchmark(bench)
+    weights = None if measure is None else read_weights(measure)
+    terms = Terms(loads=tuple(agents or (1e6,)), usd_per_hour=gpu_usd_per_hour, usd_per_gb=usd_per_gb)
+    found = None if run is None else estimate(find_subject(None, run, Facts()), terms, read_prices(prices))
+
+    from kvbuy.report import make_report
+
+    page = make_report(run, weights, found)
+    with write_whole(out) as file:
+        file.write(page.encode())
+    if json:
+        render.print_json({"report": str(out), "bytes": len(page.encode())})
+    else:
+        print(out)
+
+
+def _compare_lossy(
+    artifact: "Artifact", model: str | None, adapter: str | None, device: str | None
+) -> "tuple[LossyMeasure, ...]":
+    """Run an artifact's model on lossy encodings of it."""
+    from kvbuy import render
+    from kvbuy.lossy import measure_lossy
+    from kvbuy.models import find_model_for
+
+    loaded = find_model_for(artifact.manifest, model, adapter=adapter, say=render.say).load(device)
+    with render.token_progress() as progress:
+        return measure_lossy(artifact, loaded, progress=progress)

@@ -1,0 +1,148 @@
+"""What things cost: the dated price table that kvbuy ships, and how a file overrides it.
+
+Every price says when it was read and where; some could be read at second hand only (`secondary`). It knows prices, not
+what anybody does with them (`kvbuy.economics`). A gigabyte is 1e9 bytes, as providers bill it; money is US dollars.
+"""
+
+import json
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kvbuy.errors import StoreError, UsageError
+
+Usd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Price(BaseModel):
+    """Something that has a price. `date` is YYYY-MM or YYYY-MM-DD."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(min_length=1)]
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d\d(-\d\d)?$")]
+    source: Annotated[str, Field(min_length=1)]
+    secondary: bool = False
+
+    @property
+    def basis(self) -> str:
+        """Where the price is from, in words."""
+        return f"listed: {self.name}, {self.date}, {self.source}" + (" (second hand)" if self.secondary else "")
+
+
+class GpuPrice(Price):
+    """An hour of a GPU, and how many gigabytes of memory it has."""
+
+    usd_per_hour: Usd
+    memory_gb: Annotated[float, Field(gt=0)]
+
+    @property
+    def usd_per_gb_hour(self) -> float:
+        """What keeping a gigabyte in its memory costs: its share of the whole GPU."""
+        return self.usd_per_hour / self.memory_gb
+
+
+class EgressPrice(Price):
+    """Sending a gigabyte to the internet, first paid tier."""
+
+    usd_per_gb: Usd
+
+
+class StoragePrice(Price):
+    """Keeping a gigabyte in an object store."""
+
+    usd_per_gb_month: Usd
+
+    @property
+    def usd_per_gb_hour(self) -> float:
+        """A twelfth of a year is a month."""
+        return self.usd_per_gb_month / HOURS_PER_MONTH
+
+
+class Tariff(Price):
+    """What an API takes for a million tokens: `input` to prefill, `write` and `read` of its cache, `hour` to keep."""
+
+    input: Usd
+    write: Usd
+    read: Usd
+    hour: Usd | None
+
+
+class PriceTable(BaseModel):
+    """The whole table. A kind that a file leaves out is kvbuy's own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    gpus: tuple[GpuPrice, ...] = ()
+    egress: tuple[EgressPrice, ...] = ()
+    storage: tuple[StoragePrice, ...] = ()
+    tariffs: tuple[Tariff, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> "PriceTable":
+        for kind in (self.gpus, self.egress, self.storage, self.tariffs):
+            names = [price.name.casefold() for price in kind]
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{twice[0]} has two prices")
+        return self
+
+
+HOURS_PER_MONTH = 8766 / 12
+
+P = TypeVar("P", bound=Price)
+
+
+@cache
+def shipped_prices() -> PriceTable:
+    """The table that came with this version of kvbuy."""
+    return PriceTable.model_validate_json(files("kvbuy").joinpath("prices.json").read_bytes())
+
+
+def read_prices(file: Path | None) -> PriceTable:
+    """The shipped table, with the prices of a file (of the same shape) before it: an equal name replaces.
+
+    Raises:
+        StoreError: it cannot be read.
+        UsageError: it is no price table.
+    """
+    shipped = shipped_prices()
+    if file is None:
+        return shipped
+    try:
+        own = PriceTable.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValidationError, ValueError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
+        raise UsageError(f"{file} is no price table: {reason}", hint="its shape is kvbuy/prices.json's") from error
+    return PriceTable(
+        gpus=_over(own.gpus, shipped.gpus),
+        egress=_over(own.egress, shipped.egress),
+        storage=_over(own.storage, shipped.storage),
+        tariffs=_over(own.tariffs, shipped.tariffs),
+    )
+
+
+def choose_price(prices: tuple[P, ...], name: str | None) -> P:
+    """The price of a name, whatever its case, or the first one where none is named.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name is None:
+        return prices[0]
+    for price in prices:
+        if price.name.casefold() == name.casefold():
+            return price
+    raise UsageError(f"there is no price for {name!r}", hint="there are: " + ", ".join(price.name for price in prices))
+
+
+def _over(own: tuple[P, ...], shipped: tuple[P, ...]) -> tuple[P, ...]:
+    """A file's prices, then the shipped ones that it does not replace."""
+    named = {price.name.casefold() for price in own}
+    return own + tuple(price for price in shipped if price.name.casefold() not in named)
