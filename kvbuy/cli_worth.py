@@ -15,6 +15,7 @@ from kvbuy.options import (
     EgressOption,
     GpuHourOption,
     JsonOption,
+    MeasureOption,
     ModelOption,
     PricesOption,
 )
@@ -126,6 +127,8 @@ def cost(
         list[float] | None,
         typer.Option("--agents", min=1, help="Loads in all; repeatable. [default: 1, 1000, 1e6]"),
     ] = None,
+    measure: MeasureOption = None,
+    codec: Annotated[CodecChoice | None, typer.Option("--codec", help="With its size from --measure.")] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="[default: the artifact's]")] = None,
     bytes_per_token: Annotated[float | None, typer.Option("--bytes-per-token", min=1)] = None,
     prefill_seconds: Annotated[float | None, typer.Option("--prefill-seconds", min=1e-9)] = None,
@@ -163,13 +166,20 @@ def cost(
 
     from kvbuy.artifact import Artifact
     from kvbuy.cost import LOADS, Facts, Terms, estimate, find_subject
-    from kvbuy.figures import read_benchmark
+    from kvbuy.figures import read_benchmark, read_weights
     from kvbuy.prices import read_prices
 
     subject = find_subject(
         None if artifact is None else Artifact.open(artifact),
         None if bench is None else read_benchmark(bench),
-        Facts(tokens, bytes_per_token, prefill_seconds, reuse_seconds),
+        Facts(
+            tokens=tokens,
+            bytes_per_token=bytes_per_token,
+            prefill_seconds=prefill_seconds,
+            reuse_seconds=reuse_seconds,
+            codec=None if codec is None else codec.value,
+            weights=None if measure is None else read_weights(measure),
+        ),
     )
     terms = Terms(
         loads=tuple(agents) if agents else LOADS,
@@ -192,9 +202,7 @@ def cost(
 
 def report(
     bench: BenchOption = None,
-    measure: Annotated[
-        Path | None, typer.Option("--measure", help="What an artifact weighs: kvbuy measure --json > FILE makes it.")
-    ] = None,
+    measure: MeasureOption = None,
     agents: Annotated[
         list[float] | None, typer.Option("--agents", min=1, help="Where the slider of loads starts.")
     ] = None,

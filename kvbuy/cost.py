@@ -22,8 +22,9 @@ from kvbuy.economics import (
     transfer_seconds,
 )
 from kvbuy.errors import MisfitError, UsageError
-from kvbuy.figures import Benchmark, Row
-from kvbuy.prices import GpuPrice, PriceTable, StoragePrice, Tariff, choose_price
+from kvbuy.figures import Benchmark, Row, Weights
+from kvbuy.parts import CodecName
+from kvbuy.prices import GpuPrice, PriceTable, StoragePrice, Tariff, choose_price, choose_tariff
 
 LOADS = (1.0, 1_000.0, 1_000_000.0)
 
@@ -38,12 +39,17 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is given instead of measured; None where it is not. Sizes in bytes, times in seconds."""
+    """What is given instead of measured; None where it is not. Sizes in bytes, times in seconds.
+
+    `codec` takes the size that it has in `weights`, what an artifact of the same model weighed.
+    """
 
     tokens: int | None = None
     bytes_per_token: float | None = None
     prefill_seconds: float | None = None
     reuse_seconds: float | None = None
+    codec: CodecName | None = None
+    weights: Weights | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +148,7 @@ def estimate(subject: Subject, terms: Terms, prices: PriceTable) -> Estimate:
     hours = _given(terms.hours, "--hours") or Figure(24.0, "assumed: a day")
     link = _given(terms.link_gbit, "--link-gbit") or Figure(10.0, "assumed: 10 Gbit/s")
     share = _given(terms.publisher_share, "--publisher-share") or Figure(0.5, "assumed: half")
-    tariff = choose_price(prices.tariffs, terms.tariff)
+    tariff = choose_tariff(prices.tariffs, terms.tariff)
     case = Case(
         tokens=round(subject.tokens.value),
         kv_bytes=subject.kv_bytes.value,
@@ -200,12 +206,27 @@ def _tokens(artifact: Artifact | None, bench: Benchmark | None, facts: Facts) ->
 def _kv_bytes(artifact: Artifact | None, bench: Benchmark | None, facts: Facts, tokens: float) -> Figure:
     if facts.bytes_per_token is not None:
         return Figure(tokens * facts.bytes_per_token, "given: --bytes-per-token")
+    if facts.codec is not None:
+        return _coded_bytes(facts.codec, facts.weights, tokens)
     if artifact is not None:
         size = tokens * artifact.path.stat().st_size / artifact.manifest.document.tokens
         return Figure(size, f"measured: {artifact.path.name}, codec {artifact.manifest.codec_name}")
     if bench is not None:
         return Figure(_at(bench, tokens, lambda row: row.file_bytes), f"{bench.basis}, codec {bench.codec}")
     raise UsageError("nothing says how large the KV is", hint="give --bytes-per-token, an artifact, or --bench FILE")
+
+
+def _coded_bytes(codec: CodecName, weights: Weights | None, tokens: float) -> Figure:
+    """What so many tokens weigh in a codec, by what another document of the model weighed."""
+    if weights is None:
+        raise UsageError(
+            f"nothing says what {codec} makes of this model's KV",
+            hint="weigh an artifact: kvbuy measure --json > measure.json, then --measure measure.json",
+        )
+    sizes = {one.name: one.bytes for one in weights.codecs}
+    if codec not in sizes:
+        raise UsageError(f"{codec} was not measured", hint=f"measured were: {', '.join(sizes)}")
+    return Figure(tokens * sizes[codec] / weights.tokens, f"measured: {codec} on {weights.tokens} tokens of the model")
 
 
 def _seconds(what: Literal["prefill", "reuse"], given: float | None, bench: Benchmark | None, tokens: float) -> Figure:

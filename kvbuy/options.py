@@ -46,6 +46,9 @@ StopOption = Annotated[list[str] | None, typer.Option("--stop", help="Stop befor
 BenchOption = Annotated[
     Path | None, typer.Option("--bench", help="The figures of a run: kvbuy bench --out FILE makes them.")
 ]
+MeasureOption = Annotated[
+    Path | None, typer.Option("--measure", help="What an artifact weighs: kvbuy measure --json > FILE makes it.")
+]
 GpuHourOption = Annotated[
     float | None, typer.Option("--gpu-usd-per-hour", min=0.0, help="What the machine costs that was measured.")
 ]

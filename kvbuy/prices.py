@@ -5,8 +5,11 @@ what anybody does with them (`kvbuy.economics`). A gigabyte is 1e9 bytes, as pro
 """
 
 import json
+from datetime import UTC, datetime
 from functools import cache
+from importlib.metadata import version
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -92,6 +95,7 @@ class PriceTable(BaseModel):
 
 
 HOURS_PER_MONTH = 8766 / 12
+MILLION = 1e6
 
 P = TypeVar("P", bound=Price)
 
@@ -134,12 +138,53 @@ def choose_price(prices: tuple[P, ...], name: str | None) -> P:
     Raises:
         UsageError: there is none of that name.
     """
+    if (found := _find(prices, name)) is not None:
+        return found
+    raise UsageError(f"there is no price for {name!r}", hint="there are: " + ", ".join(price.name for price in prices))
+
+
+def choose_tariff(tariffs: tuple[Tariff, ...], name: str | None) -> Tariff:
+    """The tariff of a name, from the table or else from the package genai-prices, where that is installed.
+
+    Raises:
+        UsageError: neither knows it.
+    """
+    if (found := _find(tariffs, name)) is not None:
+        return found
+    known = "the table has: " + ", ".join(tariff.name for tariff in tariffs)
+    if find_spec("genai_prices") is None:
+        raise UsageError(f"there is no tariff for {name!r}", hint=f"{known}; pip install 'kvbuy[prices]' knows more")
+    return _look_up(str(name), known)
+
+
+def _look_up(name: str, known: str) -> Tariff:
+    """What genai-prices says of a model today, in dollars a million tokens."""
+    from genai_prices import Usage, calc_price
+
+    few = 1000  # tokens: below every tier of large prompts
+    try:
+        price = calc_price(Usage(input_tokens=few), model_ref=name)
+        read = calc_price(Usage(input_tokens=few, cache_read_tokens=few), model_ref=name)
+        write = calc_price(Usage(input_tokens=few, cache_write_tokens=few), model_ref=name)
+    except LookupError:
+        raise UsageError(f"neither the table nor genai-prices knows {name!r}", hint=known) from None
+    input_usd, read_usd, write_usd = (float(one.input_price) * MILLION / few for one in (price, read, write))
+    return Tariff(
+        name=price.model.name or price.model.id,
+        input=input_usd,
+        write=write_usd,
+        read=read_usd,
+        hour=None,
+        date=f"{price.auto_update_timestamp or datetime.now(UTC):%Y-%m-%d}",
+        source=f"genai-prices {version('genai-prices')}, {price.provider.name}",
+        secondary=True,
+    )
+
+
+def _find(prices: tuple[P, ...], name: str | None) -> P | None:
     if name is None:
         return prices[0]
-    for price in prices:
-        if price.name.casefold() == name.casefold():
-            return price
-    raise UsageError(f"there is no price for {name!r}", hint="there are: " + ", ".join(price.name for price in prices))
+    return next((price for price in prices if price.name.casefold() == name.casefold()), None)
 
 
 def _over(own: tuple[P, ...], shipped: tuple[P, ...]) -> tuple[P, ...]:

@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from transformers import DynamicCache
 
 from kvbuy.artifact import Artifact
 from kvbuy.attention import GROUPED, STOCK, grouped_attention, stock_attention
+from kvbuy.bench import timing
 from kvbuy.cache import empty_cache, load_artifact, reserve_cache
 from kvbuy.decode import greedy
 from kvbuy.document import read_document
@@ -32,18 +32,16 @@ from kvbuy.replay import measure_drift, single_pass
 from kvbuy.reuse import load_document
 
 PROMPT = "\n\nQuestion: What must a distributor provide?\nAnswer:"
+CPU = torch.device("cpu")
 Facts = dict[str, object]
 
 
 def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+    return timing.seconds(work, CPU)
 
 
 def median(work: Callable[[], object], repeats: int) -> float:
-    work()
-    return statistics.median(seconds(work) for _ in range(repeats))
+    return timing.median_seconds(work, CPU, repeats=repeats)
 
 
 def paired(first: Callable[[], float], second: Callable[[], float], repeats: int) -> tuple[float, float, float]:

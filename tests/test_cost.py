@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Ran, Run
-from figures import benchmark, row
+from figures import WEIGHTS, benchmark, row
 
 from kvbuy.artifact import Artifact
 from kvbuy.cost import Facts, Terms, estimate, find_subject
@@ -102,6 +102,15 @@ def test_given_figures_need_no_run(run: Run) -> None:
     assert [total["plan"] for total in found["totals"]] == ["prefill", "host"]
     assert found["totals"][1]["ship_usd"] == pytest.approx(1 + 100 * (0.1 + 0.1))
     assert found["seconds"]["transfer"] == pytest.approx(1.6)
+
+
+def test_a_codec_has_the_size_that_was_measured(run: Run, bench_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "measure.json").write_text(json.dumps(WEIGHTS))
+    found = run("cost", "--bench", str(bench_file), "--measure", "measure.json", "--codec", "fast", "--json").json
+    assert found["kv_bytes"] == pytest.approx(0.66 * 2_000_000)
+    assert found["basis"]["kv_bytes"] == "measured: fast on 2000 tokens of the model"
+    assert "was not measured" in run("cost", *GIVEN[:2], "--measure", "measure.json", "--codec", "dense").err
+    assert "nothing says what fast makes" in run("cost", *GIVEN[:2], "--codec", "fast").err
 
 
 def test_a_price_of_ones_own_replaces_the_table_s(run: Run, tmp_path: Path) -> None:

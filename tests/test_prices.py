@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvbuy.errors import StoreError, UsageError
-from kvbuy.prices import choose_price, read_prices, shipped_prices
+from kvbuy.prices import choose_price, choose_tariff, read_prices, shipped_prices
 
 OWN = {"name": "aws", "usd_per_gb": 0.05, "date": "2026-12", "source": "our contract"}
 
@@ -79,3 +79,19 @@ def test_text_that_is_no_json_is_refused(tmp_path: Path) -> None:
 def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="No such file"):
         read_prices(tmp_path / "none.json")
+
+
+def test_a_tariff_that_the_table_lacks_is_looked_up() -> None:
+    found = choose_tariff(shipped_prices().tariffs, "gpt-4o")
+    assert 0 < found.read < found.input
+    assert found.basis.startswith("listed: ")
+    assert "genai-prices" in found.source
+
+
+def test_a_tariff_that_nobody_knows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="neither the table nor genai-prices"):
+        choose_tariff(shipped_prices().tariffs, "no-such-model")
+    monkeypatch.setattr("kvbuy.prices.find_spec", lambda _: None)
+    with pytest.raises(UsageError, match="no tariff for 'gpt-4o'") as error:
+        choose_tariff(shipped_prices().tariffs, "gpt-4o")
+    assert "pip install 'kvbuy[prices]'" in (error.value.hint or "")

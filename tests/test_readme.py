@@ -74,12 +74,26 @@ def test_every_relative_file_that_the_readme_names_exists() -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("program", ["scripts/bench.py", "scripts/bench_codecs.py", "scripts/gpu_check.py"])
+@pytest.mark.parametrize("program", ["scripts/bench.py", "scripts/bench_codecs.py"])
 def test_a_benchmark_that_the_readme_names_starts(program: str) -> None:
     """It takes minutes, so only its imports and options are tried here."""
     assert program in README
     ran = shell(f"python {program} --help", ROOT)
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.real
+def test_gpu_check_runs_where_there_is_no_gpu(tmp_path: Path) -> None:
+    """On a tiny model, so that it runs the first time where there is one."""
+    assert "scripts/gpu_check.py" in README
+    ran = shell(f"python scripts/gpu_check.py --lengths 64,100 --repeats 1 --out {tmp_path}/check.json", ROOT)
+    assert ran.returncode == 0, ran.stderr
+    facts = json.loads((tmp_path / "check.json").read_text(encoding="utf-8"))
+    found = next(value for name, value in facts.items() if name.startswith("random "))
+    assert [(row["tokens"], row["exact"]) for row in found["bench"]["rows"]] == [(64, True), (100, True)]
+    assert found["verify"]["verdict"] == "exact"
+    assert found["measure"] is None
+    assert ran.stdout.splitlines()[-1].startswith(facts["device"])
 
 
 @pytest.mark.real
