@@ -35,7 +35,7 @@ def print_benchmark(found: Benchmark) -> None:
 
 def row_table(found: Benchmark) -> "Table":
     """Seconds by length."""
-    columns = ("tokens", "prefill", "one pass", "load", "cold", "first token", "resident", "step", "exact")
+    columns = ("tokens", "prefill", "single", "load", "cold", "first", "resident", "step", "exact")
     table = plain_table(*columns)
     for row in found.rows:
         times = (row.prefill_seconds, row.single_pass_seconds, row.load_seconds, row.cold_load_seconds)
@@ -80,8 +80,9 @@ def notes(found: Benchmark) -> Iterator[str]:
     """What the tables leave to be said."""
     limits = found.limits
     yield (
-        f"Seconds, medians of {found.repeats} (prefill: at most 3; cold: one). Reuse is load and first token of a "
-        f"{found.prompt_tokens}-token prompt. Codec {found.codec}, every digest checked."
+        f"Seconds, medians of {found.repeats} (prefill: at most 3; cold: one): prefill in blocks and in a single pass, "
+        f"load, first token of a {found.prompt_tokens}-token prompt, the same on a resident cache, a decode step. Reuse "
+        f"is load and first token. Codec {found.codec}, every digest checked."
     )
     if any(row.cold_load_seconds is None for row in found.rows):
         yield "Cold loads are not measured: the page cache could not be dropped for the file."
