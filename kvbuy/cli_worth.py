@@ -213,7 +213,7 @@ def report(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Make one HTML page of a bench run, a measurement and what they are worth.
+    """Show bench, measure and cost on one HTML page.
 
     Example: kvbuy report --bench bench.json --measure measure.json
     """

@@ -81,11 +81,11 @@ def notes(found: Benchmark) -> Iterator[str]:
     limits = found.limits
     yield (
         f"Seconds, medians of {found.repeats} (prefill: at most 3; cold: one): prefill in blocks and in a single pass, "
-        f"load, first token of a {found.prompt_tokens}-token prompt, the same on a resident cache, a decode step. Reuse "
-        f"is load and first token. Codec {found.codec}, every digest checked."
+        f"load, first token of a {found.prompt_tokens}-token prompt, the same on a resident cache, a decode step. "
+        f"Reuse is load and first token. Codec {found.codec}, every digest checked."
     )
     if any(row.cold_load_seconds is None for row in found.rows):
-        yield "Cold loads are not measured: the page cache could not be dropped for the file."
+        yield "Where cold is -, the file could not be dropped from the page cache."
     across = "" if limits.host_to_device_gbps is None else f", to the device {limits.host_to_device_gbps:.1f}"
     yield (
         f"Limits: memory copy {limits.memcpy_gbps:.1f} GB/s, file read {limits.read_gbps:.1f}{across}; loading the "
