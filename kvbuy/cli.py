@@ -15,7 +15,9 @@ from kvbuy.cli_worth import bench, cost, measure, report
 from kvbuy.options import (
     AdapterOption,
     ArtifactArgument,
+    BlockSizeOption,
     CodecChoice,
+    CodecOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -70,8 +72,8 @@ def precompute(
     chat: Annotated[bool, typer.Option("--chat", help="Put the document into the model's chat template.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    block_size: Annotated[int, typer.Option("--block-size", help="Tokens a block; a multiple of 16.")] = 512,
-    codec: Annotated[CodecChoice, typer.Option("--codec", help="Lossless: raw, fast or dense.")] = CodecChoice.RAW,
+    block_size: BlockSizeOption = 512,
+    codec: CodecOption = CodecChoice.RAW,
     force: Annotated[bool, typer.Option("--force", help="Replace existing artifacts.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -123,7 +125,7 @@ def precompute(
 @app.command()
 def convert(
     artifact: ArtifactArgument = None,
-    codec: Annotated[CodecChoice, typer.Option("--codec", help="Lossless: raw, fast or dense.")] = CodecChoice.FAST,
+    codec: CodecOption = CodecChoice.FAST,
     out: Annotated[Path | None, typer.Option("--out", help="[default: NAME.CODEC.kv.safetensors beside it]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
     json: JsonOption = False,

@@ -9,12 +9,16 @@ from kvbuy.options import (
     AdapterOption,
     ArtifactArgument,
     BenchOption,
+    BlockSizeOption,
     CodecChoice,
+    CodecOption,
     DeviceOption,
     DtypeOption,
     EgressOption,
+    ForceOption,
     GpuHourOption,
     JsonOption,
+    LoadsOption,
     MeasureOption,
     ModelOption,
     PricesOption,
@@ -68,15 +72,15 @@ def bench(
         str | None, typer.Option("--lengths", help="Tokens, with commas. [default: 255,512,1024,2048,3774]")
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of each load; of each prefill at most 3.")] = 5,
-    block_size: Annotated[int, typer.Option("--block-size", help="Tokens a block; a multiple of 16.")] = 512,
-    codec: Annotated[CodecChoice, typer.Option("--codec", help="Lossless: raw, fast or dense.")] = CodecChoice.RAW,
+    block_size: BlockSizeOption = 512,
+    codec: CodecOption = CodecChoice.RAW,
     baselines: Annotated[
         bool, typer.Option("--baselines/--no-baselines", help="Measure other ways to reuse too.")
     ] = True,
     gguf: Annotated[Path | None, typer.Option("--gguf", help="The model for llama.cpp.")] = None,
     vllm: Annotated[Path | None, typer.Option("--vllm", help="A Python that has vllm.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the figures there too, as JSON.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
     """Measure prefill against reuse on this machine.
@@ -123,10 +127,7 @@ def bench(
 def cost(
     artifact: Annotated[Path | None, typer.Argument(metavar="[ARTIFACT]", help="What is shipped or hosted.")] = None,
     bench: BenchOption = None,
-    agents: Annotated[
-        list[float] | None,
-        typer.Option("--agents", min=1, help="Loads in all; repeatable. [default: 1, 1000, 1e6]"),
-    ] = None,
+    agents: LoadsOption = None,
     measure: MeasureOption = None,
     codec: Annotated[CodecChoice | None, typer.Option("--codec", help="With its size from --measure.")] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="[default: the artifact's]")] = None,
@@ -152,18 +153,10 @@ def cost(
 
     Example: kvbuy cost --bench bench.json --agents 1000
     """
-    from kvbuy import render, render_cost
-
     if paper:
-        from kvbuy.paper import paper_figures
-
-        figures = paper_figures()
-        if json:
-            render.print_json(render_cost.paper_json(figures))
-        else:
-            render_cost.print_paper(figures)
+        _print_paper(json)
         return
-
+    from kvbuy import render, render_cost
     from kvbuy.artifact import Artifact
     from kvbuy.cost import LOADS, Facts, Terms, estimate, find_subject
     from kvbuy.figures import read_benchmark, read_weights
@@ -200,6 +193,18 @@ def cost(
         render_cost.print_cost(found)
 
 
+def _print_paper(json: bool) -> None:
+    """The paper's table: it has its own inputs."""
+    from kvbuy import render, render_cost
+    from kvbuy.paper import paper_figures
+
+    figures = paper_figures()
+    if json:
+        render.print_json(render_cost.paper_json(figures))
+    else:
+        render_cost.print_paper(figures)
+
+
 def report(
     bench: BenchOption = None,
     measure: MeasureOption = None,
@@ -210,7 +215,7 @@ def report(
     usd_per_gb: EgressOption = None,
     prices: PricesOption = None,
     out: Annotated[Path, typer.Option("--out", help="The page.")] = Path("report.html"),
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
     """Show bench, measure and cost on one HTML page.

@@ -157,6 +157,7 @@ def estimate(subject: Subject, terms: Terms, prices: PriceTable) -> Estimate:
         loads=1,
         usd_per_gb=egress.value,
         usd_per_gb_hour=keep.usd_per_gb_hour,
+        store_usd_per_gb_hour=prices.storage[0].usd_per_gb_hour,
         hours=hours.value,
         input_usd=tariff.input,
         read_usd=tariff.read,
@@ -185,7 +186,12 @@ def estimate(subject: Subject, terms: Terms, prices: PriceTable) -> Estimate:
         break_even_gbps=break_even_gbps(case.kv_bytes, subject.prefill_seconds.value),
         break_even_tokens=_break_even_tokens(subject, transfer / case.tokens),
         basis={name: figure.basis for name, figure in figures.items()}
-        | {"usd_per_gb_hour": keep.basis, "tariff": tariff.basis, "break_even_tokens": _tokens_basis(subject)},
+        | {
+            "usd_per_gb_hour": keep.basis,
+            "store_usd_per_gb_hour": prices.storage[0].basis,
+            "tariff": tariff.basis,
+            "break_even_tokens": _tokens_basis(subject),
+        },
     )
 
 
@@ -204,10 +210,10 @@ def _tokens(artifact: Artifact | None, bench: Benchmark | None, facts: Facts) ->
 
 
 def _kv_bytes(artifact: Artifact | None, bench: Benchmark | None, facts: Facts, tokens: float) -> Figure:
-    if facts.bytes_per_token is not None:
-        return Figure(tokens * facts.bytes_per_token, "given: --bytes-per-token")
     if facts.codec is not None:
         return _coded_bytes(facts.codec, facts.weights, tokens)
+    if facts.bytes_per_token is not None:
+        return Figure(tokens * facts.bytes_per_token, "given: --bytes-per-token")
     if artifact is not None:
         size = tokens * artifact.path.stat().st_size / artifact.manifest.document.tokens
         return Figure(size, f"measured: {artifact.path.name}, codec {artifact.manifest.codec_name}")

@@ -22,7 +22,8 @@ class Case:
     """A document that is loaded many times, and what things cost.
 
     `prefill_usd` is one prefill, `ratio` prefill over reuse (load and first token), `loads` how many there are in all,
-    `hours` how long the KV is kept for them, `usd_per_gb_hour` what keeping a gigabyte costs. `input_usd` and
+    `hours` how long the KV is kept for them, `usd_per_gb_hour` what keeping a gigabyte costs where it is hosted, and
+    `store_usd_per_gb_hour` where it is shipped from. `input_usd` and
     `read_usd` are what users pay for a million tokens uncached and cached, `publisher_share` the part of the margin
     that goes to the publisher.
     """
@@ -34,6 +35,7 @@ class Case:
     loads: float
     usd_per_gb: float
     usd_per_gb_hour: float
+    store_usd_per_gb_hour: float
     hours: float
     input_usd: float
     read_usd: float
@@ -51,8 +53,13 @@ class Case:
 
     @property
     def residency_usd(self) -> float:
-        """Keeping the KV for all the hours."""
+        """Keeping the KV for all the hours where it is hosted."""
         return self.kv_bytes / GB * self.usd_per_gb_hour * self.hours
+
+    @property
+    def store_usd(self) -> float:
+        """Keeping it for as long where it is shipped from."""
+        return self.kv_bytes / GB * self.store_usd_per_gb_hour * self.hours
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +85,7 @@ class Costs:
     @property
     def plan(self) -> Plan:
         """The cheapest way for loads at many places: prefill, unless another one is cheaper."""
-        ways: dict[Plan, float] = {"prefill": self.prefill, "ship": self.ship, "host": self.host}
+        ways: dict[Plan, float] = {"prefill": self.prefill, "host": self.host, "ship": self.ship}
         return min(ways, key=lambda way: ways[way])
 
 
@@ -91,8 +98,8 @@ def count_costs(case: Case) -> Costs:
     publisher = case.publisher_share * max(margin, 0.0)
     return Costs(
         prefill=case.loads * once,
-        ship=once + reuse + case.loads * case.egress_usd,
-        ship_once=once + reuse + case.egress_usd,
+        ship=once + reuse + case.store_usd + case.loads * case.egress_usd,
+        ship_once=once + reuse + case.store_usd + case.egress_usd,
         host=host,
         uncached=case.loads * case.tokens / MILLION * case.input_usd,
         tariff=tariff,
@@ -118,13 +125,13 @@ def hosting_pays_from(case: Case) -> float | None:
 
 def shipping_beats_prefill_below(case: Case) -> float:
     """The price of a gigabyte below which shipping every load beats prefilling; 0 where none is low enough."""
-    saving = case.prefill_usd - case.reuse_usd - case.prefill_usd / case.loads
+    saving = case.prefill_usd - case.reuse_usd - (case.prefill_usd + case.store_usd) / case.loads
     return max(saving, 0.0) / (case.kv_bytes / GB)
 
 
 def shipping_beats_hosting_below(case: Case) -> float:
-    """The price of a gigabyte below which shipping every load beats hosting."""
-    return case.residency_usd / case.loads / (case.kv_bytes / GB)
+    """The price of a gigabyte below which shipping every load beats hosting; 0 where none is low enough."""
+    return max(case.residency_usd - case.store_usd, 0.0) / case.loads / (case.kv_bytes / GB)
 
 
 def break_even_gbps(kv_bytes: float, prefill_seconds: float) -> float:

@@ -266,6 +266,8 @@ def use_deterministic_kernels() -> None:
     """Let CUDA give equal bits for equal work; a kernel that cannot is named in a warning."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the process's first product
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # else each stage of a load would be written twice
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def choose_device(wanted: str | None) -> torch.device:

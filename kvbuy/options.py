@@ -54,3 +54,10 @@ GpuHourOption = Annotated[
 ]
 EgressOption = Annotated[float | None, typer.Option("--usd-per-gb", min=0.0, help="Price of egress.")]
 PricesOption = Annotated[Path | None, typer.Option("--prices", help="JSON file of prices that go first.")]
+BlockSizeOption = Annotated[int, typer.Option("--block-size", help="Tokens a block; a multiple of 16.")]
+CodecOption = Annotated[CodecChoice, typer.Option("--codec", help="Lossless: raw, fast or dense.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
+LoadsOption = Annotated[
+    list[float] | None,
+    typer.Option("--agents", min=1, max=1e12, help="Loads in all; repeatable. [default: 1, 1000, 1e6]"),
+]

@@ -28,6 +28,7 @@ PAPER = Case(
     loads=PAPER_LOADS,
     usd_per_gb=0.09,
     usd_per_gb_hour=0.0,
+    store_usd_per_gb_hour=0.0,
     hours=0.0,
     input_usd=PAPER_LIST_USD,
     read_usd=0.1 * PAPER_LIST_USD,

@@ -145,10 +145,10 @@ def _change(case: Case, costs: Costs) -> str:
     below_prefill, below_hosting = shipping_beats_prefill_below(case), shipping_beats_hosting_below(case)
     match costs.plan:
         case "host":
-            shipping = (
-                f"below {dollars(below_hosting)} a GB" if below_hosting >= LOWEST_PRICE else "where egress is free"
-            )
-            return f"Below {_loads(math.ceil(pays or 0))} prefill is cheaper; {shipping} shipping is."
+            shipping = f"below {dollars(below_hosting)} a GB shipping is"
+            if below_hosting < LOWEST_PRICE:
+                shipping = "no price of egress that anybody charges makes shipping so"
+            return f"Below {_loads(math.ceil(pays or 0))} prefill is cheaper; {shipping}."
         case "ship":
             return f"Above {dollars(min(below_prefill, below_hosting))} a GB it is not."
         case "prefill":
@@ -200,7 +200,7 @@ def _loads(number: float, one: str = "", many: str = "") -> str:
 
 
 def _compare(costs: Costs) -> str:
-    ways = {"prefill": "prefilled", "ship": "shipped", "host": "hosted"}
+    ways = {"prefill": "prefilled", "host": "hosted", "ship": "shipped"}
     order = [costs.plan, *(way for way in ways if way != costs.plan)]
     parts = [f"{dollars(getattr(costs, way))} {ways[way]}" for way in order]
     return f"{parts[0]}, {parts[1]}, {parts[2]}"

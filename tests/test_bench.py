@@ -10,7 +10,7 @@ from conftest import TEXT, Ran, Run, SaveModel
 
 from kvbuy.bench import LENGTHS, Plan, choose_lengths, cut_text, run_bench
 from kvbuy.bench.baselines import measure_llama_cpp, measure_vllm
-from kvbuy.bench.files import drop_from_page_cache, read_into
+from kvbuy.bench.files import drop_from_page_cache, is_cached, read_into
 from kvbuy.bench.timing import Stopwatch, read_peak, reset_peak
 from kvbuy.errors import DocumentError, UsageError
 from kvbuy.figures import Benchmark, read_benchmark
@@ -161,7 +161,9 @@ def test_a_file_dropped_from_the_page_cache_is_read_again_whole(tmp_path: Path) 
     path = tmp_path / "file"
     content = os.urandom(100_000)
     path.write_bytes(content)
-    assert drop_from_page_cache(path) in (True, False)  # not every file system lets go
+    dropped = drop_from_page_cache(path)  # not every file system lets go
+    with path.open("rb") as file:
+        assert not (dropped and is_cached(file.fileno(), 0))
     buffer = memoryview(bytearray(len(content)))
     read_into(path, buffer)
     assert buffer == content

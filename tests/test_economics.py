@@ -28,6 +28,7 @@ CASE = Case(
     loads=100,
     usd_per_gb=0.05,
     usd_per_gb_hour=0.25,
+    store_usd_per_gb_hour=0.125,
     hours=4,
     input_usd=2000.0,
     read_usd=200.0,
@@ -44,8 +45,8 @@ def change(case: Case, **fields: float) -> Case:
 def test_every_way_is_counted_with_its_parts() -> None:
     costs = count_costs(CASE)
     assert costs.prefill == 100
-    assert costs.ship == pytest.approx(1 + 100 * (0.1 + 0.1))
-    assert costs.ship_once == pytest.approx(1 + 100 * 0.1 + 0.1)
+    assert costs.ship == pytest.approx(1 + 100 * (0.1 + 0.1) + 2 * 0.125 * 4)
+    assert costs.ship_once == pytest.approx(1 + 100 * 0.1 + 0.1 + 2 * 0.125 * 4)
     assert costs.host == pytest.approx(1 + 100 * 0.1 + 2 * 0.25 * 4)
     assert (costs.uncached, costs.tariff) == (200, 20)
     assert costs.margin == pytest.approx(7)
@@ -63,8 +64,9 @@ def test_one_load_is_cheapest_prefilled() -> None:
     assert count_costs(change(CASE, loads=1)).plan == "prefill"
 
 
-def test_free_egress_beats_paid_residency() -> None:
+def test_free_egress_wins_only_where_the_store_is_cheaper_than_hosting() -> None:
     assert count_costs(change(CASE, usd_per_gb=0)).plan == "ship"
+    assert count_costs(change(CASE, usd_per_gb=0, store_usd_per_gb_hour=0.25)).plan == "host"
 
 
 def test_break_even_loads_are_about_one_for_a_high_ratio() -> None:
@@ -93,7 +95,8 @@ def test_hosting_and_prefill_cost_the_same_where_hosting_begins_to_pay(
 @given(POSITIVE, st.floats(1.5, 1000), st.floats(10, 1e9))
 def test_shipping_costs_the_same_at_its_break_even_prices(prefill: float, ratio: float, loads: float) -> None:
     case = change(CASE, prefill_usd=prefill, ratio=ratio, loads=loads)
-    with_prefill = count_costs(change(case, usd_per_gb=shipping_beats_prefill_below(case)))
+    kept_free = change(case, store_usd_per_gb_hour=0)
+    with_prefill = count_costs(change(kept_free, usd_per_gb=shipping_beats_prefill_below(kept_free)))
     assert with_prefill.ship == pytest.approx(with_prefill.prefill)
     with_hosting = count_costs(change(case, usd_per_gb=shipping_beats_hosting_below(case)))
     assert with_hosting.ship == pytest.approx(with_hosting.host)

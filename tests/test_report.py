@@ -27,7 +27,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 def priced(**terms: Any) -> Estimate:
-    wanted = Terms(loads=(1e6,), usd_per_hour=10, **terms)
+    wanted = Terms(loads=(1e6,), usd_per_hour=10, keep="H100", **terms)
     return estimate(find_subject(None, benchmark(), Facts()), wanted, shipped_prices())
 
 
@@ -162,6 +162,7 @@ def draw_case(seed: int) -> Case:
         loads=float(round(between(1, 1e9))),
         usd_per_gb=random.choice([0.0, between(1e-3, 0.2)]),
         usd_per_gb_hour=random.choice([0.0, between(1e-6, 0.1)]),
+        store_usd_per_gb_hour=random.choice([0.0, between(1e-6, 0.1)]),
         hours=between(0.1, 1000),
         input_usd=between(0.1, 20),
         read_usd=between(0.01, 2),

@@ -34,12 +34,12 @@ def drop_from_page_cache(path: Path) -> bool:
         os.fsync(handle)  # what is not on the disk yet cannot be forgotten
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         size = os.fstat(handle).st_size
-        return not any(_is_cached(handle, size * part // 8) for part in range(8))
+        return not any(is_cached(handle, size * part // 8) for part in range(8))
     finally:
         os.close(handle)
 
 
-def _is_cached(handle: int, offset: int) -> bool:
+def is_cached(handle: int, offset: int) -> bool:
     """Whether a page can be read without waiting for the disk."""
     try:
         return os.preadv(handle, [bytearray(PAGE)], offset, os.RWF_NOWAIT) > 0

@@ -38,8 +38,9 @@ def measure_row(model: Model, artifact: Artifact, prompt: Sequence[int], *, repe
 
     reset_peak(model.device)
     _time_reuse(model, artifact, prompt, Stopwatch(model.device))  # warms up
-    for _ in range(repeats):
-        loaded = _time_reuse(model, artifact, prompt, watch)
+    for _ in range(repeats - 1):
+        _time_reuse(model, artifact, prompt, watch)
+    loaded = _time_reuse(model, artifact, prompt, watch)
     reuse_peak = read_peak(model.device)
     steps = list(decode(model, loaded, prompt, max_new_tokens=DECODED))
     for before, after in pairwise(steps):

@@ -2,11 +2,12 @@
 // The formulas of kvbuy/economics.py and the words of kvbuy/render_cost.py, for the sliders. A test holds them together.
 
 const GB = 1e9, MILLION = 1e6, LOWEST_PRICE = 1e-4;
-const WAYS = { prefill: "prefilled", ship: "shipped", host: "hosted" };
+const WAYS = { prefill: "prefilled", host: "hosted", ship: "shipped" };
 
 const reuseUsd = (c) => c.prefill_usd / c.ratio;
 const egressUsd = (c) => (c.kv_bytes / GB) * c.usd_per_gb;
 const residencyUsd = (c) => (c.kv_bytes / GB) * c.usd_per_gb_hour * c.hours;
+const storeUsd = (c) => (c.kv_bytes / GB) * c.store_usd_per_gb_hour * c.hours;
 
 function countCosts(c) {
   const reuse = c.loads * reuseUsd(c);
@@ -16,8 +17,8 @@ function countCosts(c) {
   const publisher = c.publisher_share * Math.max(margin, 0);
   return {
     prefill: c.loads * c.prefill_usd,
-    ship: c.prefill_usd + reuse + c.loads * egressUsd(c),
-    ship_once: c.prefill_usd + reuse + egressUsd(c),
+    ship: c.prefill_usd + reuse + storeUsd(c) + c.loads * egressUsd(c),
+    ship_once: c.prefill_usd + reuse + storeUsd(c) + egressUsd(c),
     host,
     uncached: (c.loads * c.tokens / MILLION) * c.input_usd,
     tariff, margin, publisher,
@@ -35,11 +36,12 @@ function hostingPaysFrom(c) {
 }
 
 function shippingBeatsPrefillBelow(c) {
-  const saving = c.prefill_usd - reuseUsd(c) - c.prefill_usd / c.loads;
+  const saving = c.prefill_usd - reuseUsd(c) - (c.prefill_usd + storeUsd(c)) / c.loads;
   return Math.max(saving, 0) / (c.kv_bytes / GB);
 }
 
-const shippingBeatsHostingBelow = (c) => residencyUsd(c) / c.loads / (c.kv_bytes / GB);
+const shippingBeatsHostingBelow = (c) =>
+  Math.max(residencyUsd(c) - storeUsd(c), 0) / c.loads / (c.kv_bytes / GB);
 
 const grouped = (value, digits) =>
   value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
@@ -65,8 +67,10 @@ function change(c, costs) {
   const belowPrefill = shippingBeatsPrefillBelow(c), belowHosting = shippingBeatsHostingBelow(c);
   switch (plan(costs)) {
     case "host": {
-      const shipping = belowHosting >= LOWEST_PRICE ? `below ${dollars(belowHosting)} a GB` : "where egress is free";
-      return `Below ${loads(Math.ceil(pays))} prefill is cheaper; ${shipping} shipping is.`;
+      const shipping = belowHosting >= LOWEST_PRICE
+        ? `below ${dollars(belowHosting)} a GB shipping is`
+        : "no price of egress that anybody charges makes shipping so";
+      return `Below ${loads(Math.ceil(pays))} prefill is cheaper; ${shipping}.`;
     }
     case "ship":
       return `Above ${dollars(Math.min(belowPrefill, belowHosting))} a GB it is not.`;
