@@ -8,6 +8,7 @@ import typer
 from kvbuy.options import (
     AdapterOption,
     ArtifactArgument,
+    BaselinesOption,
     BenchOption,
     BlockSizeOption,
     CodecChoice,
@@ -18,15 +19,23 @@ from kvbuy.options import (
     ForceOption,
     GpuHourOption,
     JsonOption,
+    LengthsOption,
+    LinkOption,
     LoadsOption,
     MeasureOption,
     ModelOption,
     PricesOption,
+    ShareOption,
+    StartOption,
+    TextArgument,
 )
 
 if TYPE_CHECKING:
     from kvbuy.artifact import Artifact
     from kvbuy.lossy import LossyMeasure
+
+
+TYPED = "COMMANDLINE"
 
 
 def measure(
@@ -59,24 +68,16 @@ def measure(
 
 
 def bench(
-    document: Annotated[
-        str | None, typer.Argument(metavar="[DOC]", help="UTF-8 text. [default: Python's help texts]")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help="Hub id or local folder. [default: as for precompute]")
-    ] = None,
+    document: TextArgument = None,
+    model: ModelOption = None,
     adapter: AdapterOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    lengths: Annotated[
-        str | None, typer.Option("--lengths", help="Tokens, with commas. [default: 255,512,1024,2048,3774]")
-    ] = None,
+    lengths: LengthsOption = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of each load; of each prefill at most 3.")] = 5,
     block_size: BlockSizeOption = 512,
     codec: CodecOption = CodecChoice.RAW,
-    baselines: Annotated[
-        bool, typer.Option("--baselines/--no-baselines", help="Measure other ways to reuse too.")
-    ] = True,
+    baselines: BaselinesOption = True,
     gguf: Annotated[Path | None, typer.Option("--gguf", help="The model for llama.cpp.")] = None,
     vllm: Annotated[Path | None, typer.Option("--vllm", help="A Python that has vllm.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the figures there too, as JSON.")] = None,
@@ -113,7 +114,7 @@ def bench(
         vllm=vllm,
     )
     name = "Python's help texts" if document is None else Path(document).name
-    with render.token_progress() as progress:
+    with render.token_progress("lengths") as progress:
         found = run_bench(loaded, text, plan, name=name, progress=progress)
     if out is not None:
         with write_whole(out) as file:
@@ -125,26 +126,25 @@ def bench(
 
 
 def cost(
+    context: typer.Context,
     artifact: Annotated[Path | None, typer.Argument(metavar="[ARTIFACT]", help="What is shipped or hosted.")] = None,
     bench: BenchOption = None,
     agents: LoadsOption = None,
     measure: MeasureOption = None,
     codec: Annotated[CodecChoice | None, typer.Option("--codec", help="With its size from --measure.")] = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="[default: the artifact's]")] = None,
-    bytes_per_token: Annotated[float | None, typer.Option("--bytes-per-token", min=1)] = None,
-    prefill_seconds: Annotated[float | None, typer.Option("--prefill-seconds", min=1e-9)] = None,
-    reuse_seconds: Annotated[float | None, typer.Option("--reuse-seconds", min=1e-9)] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=1, max=10**9, help="[default: the artifact's]")] = None,
+    bytes_per_token: Annotated[float | None, typer.Option("--bytes-per-token", min=1, max=1e9)] = None,
+    prefill_seconds: Annotated[float | None, typer.Option("--prefill-seconds", min=1e-6, max=1e9)] = None,
+    reuse_seconds: Annotated[float | None, typer.Option("--reuse-seconds", min=1e-6, max=1e9)] = None,
     gpu: Annotated[str | None, typer.Option("--gpu", help="Its price from the table.")] = None,
     gpu_usd_per_hour: GpuHourOption = None,
     egress: Annotated[str | None, typer.Option("--egress", help="Who ships, from the table.")] = None,
     usd_per_gb: EgressOption = None,
     keep: Annotated[str | None, typer.Option("--keep", help="Where hosted KV stays, from the table.")] = None,
-    hours: Annotated[float | None, typer.Option("--hours", min=0.0, help="How long. [default: 24]")] = None,
-    link_gbit: Annotated[float | None, typer.Option("--link-gbit", min=1e-6, help="Gbit/s. [default: 10]")] = None,
+    hours: Annotated[float | None, typer.Option("--hours", min=0.0, max=1e6, help="How long. [default: 24]")] = None,
+    link_gbit: LinkOption = None,
     tariff: Annotated[str | None, typer.Option("--tariff", help="What users pay, from the table.")] = None,
-    publisher_share: Annotated[
-        float | None, typer.Option("--publisher-share", min=0.0, max=1.0, help="Of the margin. [default: 0.5]")
-    ] = None,
+    publisher_share: ShareOption = None,
     prices: PricesOption = None,
     paper: Annotated[bool, typer.Option("--paper", help="The paper's table from its own inputs.")] = False,
     json: JsonOption = False,
@@ -154,13 +154,14 @@ def cost(
     Example: kvbuy cost --bench bench.json --agents 1000
     """
     if paper:
-        _print_paper(json)
+        _print_paper(context, json)
         return
     from kvbuy import render, render_cost
     from kvbuy.artifact import Artifact
-    from kvbuy.cost import LOADS, Facts, Terms, estimate, find_subject
+    from kvbuy.cost import LOADS, Terms, estimate
     from kvbuy.figures import read_benchmark, read_weights
     from kvbuy.prices import read_prices
+    from kvbuy.subject import Facts, find_subject
 
     subject = find_subject(
         None if artifact is None else Artifact.open(artifact),
@@ -193,10 +194,15 @@ def cost(
         render_cost.print_cost(found)
 
 
-def _print_paper(json: bool) -> None:
-    """The paper's table: it has its own inputs."""
+def _print_paper(context: typer.Context, json: bool) -> None:
+    """The paper's table: it has its own inputs, so no other option goes with it."""
     from kvbuy import render, render_cost
+    from kvbuy.errors import UsageError
     from kvbuy.paper import paper_figures
+
+    typed = [name for name in context.params if (source := context.get_parameter_source(name)) and source.name == TYPED]
+    if others := [name.replace("_", "-") for name in typed if name not in ("paper", "json")]:
+        raise UsageError(f"--paper has its own inputs, and takes no {others[0]}", hint="kvbuy cost --paper")
 
     figures = paper_figures()
     if json:
@@ -208,9 +214,7 @@ def _print_paper(json: bool) -> None:
 def report(
     bench: BenchOption = None,
     measure: MeasureOption = None,
-    agents: Annotated[
-        list[float] | None, typer.Option("--agents", min=1, help="Where the slider of loads starts.")
-    ] = None,
+    agents: StartOption = 1e6,
     gpu_usd_per_hour: GpuHourOption = None,
     usd_per_gb: EgressOption = None,
     prices: PricesOption = None,
@@ -224,10 +228,11 @@ def report(
     """
     from kvbuy import render
     from kvbuy.artifact import refuse_unwritable
-    from kvbuy.cost import Facts, Terms, estimate, find_subject
+    from kvbuy.cost import Terms, estimate
     from kvbuy.errors import UsageError, refuse_without
     from kvbuy.figures import read_benchmark, read_weights
     from kvbuy.prices import read_prices
+    from kvbuy.subject import Facts, find_subject
     from kvbuy.whole import write_whole
 
     if bench is None and measure is None:
@@ -236,8 +241,9 @@ def report(
     refuse_unwritable(out, force=force)
     run = None if bench is None else read_benchmark(bench)
     weights = None if measure is None else read_weights(measure)
-    terms = Terms(loads=tuple(agents or (1e6,)), usd_per_hour=gpu_usd_per_hour, usd_per_gb=usd_per_gb)
-    found = None if run is None else estimate(find_subject(None, run, Facts()), terms, read_prices(prices))
+    terms = Terms(loads=(agents,), usd_per_hour=gpu_usd_per_hour, usd_per_gb=usd_per_gb)
+    table = read_prices(prices)
+    found = None if run is None else estimate(find_subject(None, run, Facts(weights=weights)), terms, table)
 
     from kvbuy.report import make_report
 

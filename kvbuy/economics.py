@@ -13,8 +13,7 @@ from typing import Literal
 GB = 1e9
 MILLION = 1e6
 
-
-Plan = Literal["prefill", "ship", "host"]
+Way = Literal["prefill", "ship", "host"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +21,10 @@ class Case:
     """A document that is loaded many times, and what things cost.
 
     `prefill_usd` is one prefill, `ratio` prefill over reuse (load and first token), `loads` how many there are in all,
-    `hours` how long the KV is kept for them, `usd_per_gb_hour` what keeping a gigabyte costs where it is hosted, and
-    `store_usd_per_gb_hour` where it is shipped from. `input_usd` and
-    `read_usd` are what users pay for a million tokens uncached and cached, `publisher_share` the part of the margin
-    that goes to the publisher.
+    `hours` how long the KV is kept for them, `usd_per_gb_hour` what keeping a gigabyte costs where it is hosted and
+    `usd_per_fetch` one load from there; `store_usd_per_gb_hour` and `store_usd_per_fetch` the same where it is shipped
+    from. `input_usd` and `read_usd` are what users pay for a million tokens uncached and cached, `publisher_share` the
+    part of the margin that goes to the publisher.
     """
 
     tokens: int
@@ -35,7 +34,9 @@ class Case:
     loads: float
     usd_per_gb: float
     usd_per_gb_hour: float
+    usd_per_fetch: float
     store_usd_per_gb_hour: float
+    store_usd_per_fetch: float
     hours: float
     input_usd: float
     read_usd: float
@@ -48,8 +49,8 @@ class Case:
 
     @property
     def egress_usd(self) -> float:
-        """Sending the KV once."""
-        return egress_usd(self.kv_bytes, self.usd_per_gb)
+        """Fetching the KV once from where it is shipped from: the request, and its bytes."""
+        return self.store_usd_per_fetch + egress_usd(self.kv_bytes, self.usd_per_gb)
 
     @property
     def residency_usd(self) -> float:
@@ -83,17 +84,17 @@ class Costs:
     provider: float
 
     @property
-    def plan(self) -> Plan:
+    def cheapest(self) -> Way:
         """The cheapest way for loads at many places: prefill, unless another one is cheaper."""
-        ways: dict[Plan, float] = {"prefill": self.prefill, "host": self.host, "ship": self.ship}
+        ways: dict[Way, float] = {"prefill": self.prefill, "host": self.host, "ship": self.ship}
         return min(ways, key=lambda way: ways[way])
 
 
 def count_costs(case: Case) -> Costs:
     """What all loads cost."""
     once, reuse = case.prefill_usd, case.loads * case.reuse_usd
-    host = once + reuse + case.residency_usd
-    tariff = case.loads * case.tokens / MILLION * case.read_usd
+    host = once + reuse + case.residency_usd + case.loads * case.usd_per_fetch
+    tariff = case.loads * tokens_usd(case.tokens, case.read_usd)
     margin = tariff - host
     publisher = case.publisher_share * max(margin, 0.0)
     return Costs(
@@ -101,7 +102,7 @@ def count_costs(case: Case) -> Costs:
         ship=once + reuse + case.store_usd + case.loads * case.egress_usd,
         ship_once=once + reuse + case.store_usd + case.egress_usd,
         host=host,
-        uncached=case.loads * case.tokens / MILLION * case.input_usd,
+        uncached=case.loads * tokens_usd(case.tokens, case.input_usd),
         tariff=tariff,
         margin=margin,
         publisher=publisher,
@@ -119,19 +120,21 @@ def break_even_loads(case: Case) -> float | None:
 
 def hosting_pays_from(case: Case) -> float | None:
     """From how many loads hosting costs less than prefilling, residency counted; None where it never does."""
-    saving = case.prefill_usd - case.reuse_usd
+    saving = case.prefill_usd - case.reuse_usd - case.usd_per_fetch
     return None if saving <= 0 else (case.prefill_usd + case.residency_usd) / saving
 
 
 def shipping_beats_prefill_below(case: Case) -> float:
     """The price of a gigabyte below which shipping every load beats prefilling; 0 where none is low enough."""
-    saving = case.prefill_usd - case.reuse_usd - (case.prefill_usd + case.store_usd) / case.loads
+    once = case.prefill_usd + case.store_usd
+    saving = case.prefill_usd - case.reuse_usd - case.store_usd_per_fetch - once / case.loads
     return max(saving, 0.0) / (case.kv_bytes / GB)
 
 
 def shipping_beats_hosting_below(case: Case) -> float:
     """The price of a gigabyte below which shipping every load beats hosting; 0 where none is low enough."""
-    return max(case.residency_usd - case.store_usd, 0.0) / case.loads / (case.kv_bytes / GB)
+    saving = (case.residency_usd - case.store_usd) / case.loads + case.usd_per_fetch - case.store_usd_per_fetch
+    return max(saving, 0.0) / (case.kv_bytes / GB)
 
 
 def break_even_gbps(kv_bytes: float, prefill_seconds: float) -> float:

@@ -10,16 +10,23 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from kvbuy.errors import ModelError
 from kvbuy.figures import Flops
 from kvbuy.manifest import FullLayer, SlidingLayer
 from kvbuy.models import Model
 
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
+
 
 def count_flops(model: Model, *, rows: int, cached: int, logits: bool) -> Flops:
-    """FLOP to run `rows` tokens after `cached` ones; `logits` for the last of them, or for none."""
+    """FLOP to run `rows` tokens after `cached` ones; `logits` for the last of them, or for none.
+
+    Raises:
+        ModelError: the model mixes experts, and its config does not say how many a token takes.
+    """
     linear = 2 * rows * sum(_body_weights(model.model))
     if logits and (head := model.model.get_output_embeddings()) is not None:
         linear += 2 * head.weight.numel()
@@ -34,8 +41,15 @@ def _body_weights(model: PreTrainedModel) -> Iterator[int]:
             yield module.weight.numel()
         elif name.endswith("experts"):
             stacked = [weight for weight in module.parameters(recurse=False) if weight.dim() == 3]
-            share = config.num_experts_per_tok / stacked[0].shape[0] if stacked else 0
+            share = _experts_per_token(config) / stacked[0].shape[0] if stacked else 0
             yield from (round(weight.numel() * share) for weight in stacked)
+
+
+def _experts_per_token(config: PreTrainedConfig) -> int:
+    for name in EXPERTS_PER_TOKEN:
+        if isinstance(number := getattr(config, name, None), int):
+            return number
+    raise ModelError("the model's config does not say how many experts a token takes")
 
 
 def _attention(model: Model, *, rows: int, cached: int) -> Iterator[int]:

@@ -50,9 +50,9 @@ MeasureOption = Annotated[
     Path | None, typer.Option("--measure", help="What an artifact weighs: kvbuy measure --json > FILE makes it.")
 ]
 GpuHourOption = Annotated[
-    float | None, typer.Option("--gpu-usd-per-hour", min=0.0, help="What the machine costs that was measured.")
+    float | None, typer.Option("--gpu-usd-per-hour", min=0.0, max=1e6, help="What the machine costs that was measured.")
 ]
-EgressOption = Annotated[float | None, typer.Option("--usd-per-gb", min=0.0, help="Price of egress.")]
+EgressOption = Annotated[float | None, typer.Option("--usd-per-gb", min=0.0, max=1e6, help="Price of egress.")]
 PricesOption = Annotated[Path | None, typer.Option("--prices", help="JSON file of prices that go first.")]
 BlockSizeOption = Annotated[int, typer.Option("--block-size", help="Tokens a block; a multiple of 16.")]
 CodecOption = Annotated[CodecChoice, typer.Option("--codec", help="Lossless: raw, fast or dense.")]
@@ -61,3 +61,13 @@ LoadsOption = Annotated[
     list[float] | None,
     typer.Option("--agents", min=1, max=1e12, help="Loads in all; repeatable. [default: 1, 1000, 1e6]"),
 ]
+TextArgument = Annotated[str | None, typer.Argument(metavar="[DOC]", help="UTF-8 text. [default: Python's help texts]")]
+LengthsOption = Annotated[
+    str | None, typer.Option("--lengths", help="Tokens, with commas. [default: 255,512,1024,2048,3774]")
+]
+BaselinesOption = Annotated[bool, typer.Option("--baselines/--no-baselines", help="Measure other ways to reuse too.")]
+LinkOption = Annotated[float | None, typer.Option("--link-gbit", min=1e-6, max=1e6, help="Gbit/s. [default: 10]")]
+ShareOption = Annotated[
+    float | None, typer.Option("--publisher-share", min=0.0, max=1.0, help="Of the margin. [default: 0.5]")
+]
+StartOption = Annotated[float, typer.Option("--agents", min=1, max=1e12, help="Where the slider of loads starts.")]

@@ -4,43 +4,43 @@ Every price says when it was read and where; some could be read at second hand o
 what anybody does with them (`kvbuy.economics`). A gigabyte is 1e9 bytes, as providers bill it; money is US dollars.
 """
 
-import json
-from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kvbuy.economics import MILLION
 from kvbuy.errors import StoreError, UsageError
 
-Usd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Usd = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 
 
 class Price(BaseModel):
-    """Something that has a price. `date` is YYYY-MM or YYYY-MM-DD."""
+    """Something that has a price. `date` is YYYY-MM or YYYY-MM-DD, None where nobody says."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[str, Field(min_length=1)]
-    date: Annotated[str, Field(pattern=r"^\d{4}-\d\d(-\d\d)?$")]
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d\d(-\d\d)?$")] | None
     source: Annotated[str, Field(min_length=1)]
     secondary: bool = False
 
     @property
     def basis(self) -> str:
         """Where the price is from, in words."""
-        return f"listed: {self.name}, {self.date}, {self.source}" + (" (second hand)" if self.secondary else "")
+        seen = f"{self.date or 'undated'}, {self.source}" + (" (second hand)" if self.secondary else "")
+        return f"listed: {self.name}, {seen}"
 
 
 class GpuPrice(Price):
     """An hour of a GPU, and how many gigabytes of memory it has."""
 
     usd_per_hour: Usd
-    memory_gb: Annotated[float, Field(gt=0)]
+    memory_gb: Annotated[float, Field(ge=0.001, le=1e6)]
 
     @property
     def usd_per_gb_hour(self) -> float:
@@ -55,9 +55,10 @@ class EgressPrice(Price):
 
 
 class StoragePrice(Price):
-    """Keeping a gigabyte in an object store."""
+    """Keeping a gigabyte in an object store, and a million requests that read."""
 
     usd_per_gb_month: Usd
+    usd_per_million_reads: Usd = 0.0
 
     @property
     def usd_per_gb_hour(self) -> float:
@@ -95,9 +96,23 @@ class PriceTable(BaseModel):
 
 
 HOURS_PER_MONTH = 8766 / 12
-MILLION = 1e6
+EXAMPLE = (
+    'its shape is: {"version": 1, "gpus": [{"name": "ours", "usd_per_hour": 1.2, "memory_gb": 80, '
+    '"date": "2026-11", "source": "our contract"}]}'
+)
+
+
+class Named(Protocol):
+    """What can be chosen by its name."""
+
+    @property
+    def name(self) -> str:
+        """Its name, whatever the case."""
+        ...
+
 
 P = TypeVar("P", bound=Price)
+N = TypeVar("N", bound=Named)
 
 
 @cache
@@ -109,6 +124,8 @@ def shipped_prices() -> PriceTable:
 def read_prices(file: Path | None) -> PriceTable:
     """The shipped table, with the prices of a file (of the same shape) before it: an equal name replaces.
 
+    The first price of a kind is the one that counts where none is named.
+
     Raises:
         StoreError: it cannot be read.
         UsageError: it is no price table.
@@ -117,13 +134,13 @@ def read_prices(file: Path | None) -> PriceTable:
     if file is None:
         return shipped
     try:
-        own = PriceTable.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        own = PriceTable.model_validate_json(file.read_bytes())
     except OSError as error:
         raise StoreError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValidationError, ValueError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else None
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
-        raise UsageError(f"{file} is no price table: {reason}", hint="its shape is kvbuy/prices.json's") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise UsageError(f"{file} is no price table: {where}: {first['msg']}", hint=EXAMPLE) from error
     return PriceTable(
         gpus=_over(own.gpus, shipped.gpus),
         egress=_over(own.egress, shipped.egress),
@@ -132,7 +149,7 @@ def read_prices(file: Path | None) -> PriceTable:
     )
 
 
-def choose_price(prices: tuple[P, ...], name: str | None) -> P:
+def choose_price(prices: tuple[N, ...], name: str | None) -> N:
     """The price of a name, whatever its case, or the first one where none is named.
 
     Raises:
@@ -158,7 +175,7 @@ def choose_tariff(tariffs: tuple[Tariff, ...], name: str | None) -> Tariff:
 
 
 def _look_up(name: str, known: str) -> Tariff:
-    """What genai-prices says of a model today, in dollars a million tokens."""
+    """What the installed genai-prices says of a model, in dollars a million tokens; its table bears no date."""
     from genai_prices import Usage, calc_price
 
     few = 1000  # tokens: below every tier of large prompts
@@ -169,19 +186,21 @@ def _look_up(name: str, known: str) -> Tariff:
     except LookupError:
         raise UsageError(f"neither the table nor genai-prices knows {name!r}", hint=known) from None
     input_usd, read_usd, write_usd = (float(one.input_price) * MILLION / few for one in (price, read, write))
+    if input_usd == 0:
+        raise UsageError(f"genai-prices has no price for {name!r}", hint=known)
     return Tariff(
         name=price.model.name or price.model.id,
         input=input_usd,
         write=write_usd,
         read=read_usd,
         hour=None,
-        date=f"{price.auto_update_timestamp or datetime.now(UTC):%Y-%m-%d}",
+        date=None,
         source=f"genai-prices {version('genai-prices')}, {price.provider.name}",
         secondary=True,
     )
 
 
-def _find(prices: tuple[P, ...], name: str | None) -> P | None:
+def _find(prices: tuple[N, ...], name: str | None) -> N | None:
     if name is None:
         return prices[0]
     return next((price for price in prices if price.name.casefold() == name.casefold()), None)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, assert_never
 
 from kvbuy.parts import Codec, DenseCodec
@@ -71,8 +72,8 @@ def print_error(error: "KvbuyError", *, as_json: bool) -> None:
 
 
 @contextmanager
-def token_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr: what is being done, tokens done, tokens a second, time left."""
+def token_progress(counted: str = "tokens") -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr: what is being done, how many are done (of layers, or of what is counted), time left."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
     from rich.progress import TimeRemainingColumn as TimeLeft
@@ -94,7 +95,7 @@ def token_progress() -> Iterator[Callable[[str, int, int], None]]:
 
         def update(step: str, done: int, total: int) -> None:
             if step not in tasks:
-                unit = "layers" if step.endswith("layers") else "tokens"
+                unit = "layers" if step.endswith("layers") else counted
                 tasks[step] = bar.add_task(step, total=total or None, unit=unit)
             bar.update(tasks[step], completed=done)
 
@@ -289,10 +290,15 @@ def dollars(usd: float) -> str:
     """Dollars as a person reads them: cents and more in full, less to three digits, millions as M."""
     sign, size = "-" if usd < 0 else "", abs(usd)
     if size >= 1e6:
-        return f"{sign}${size / 1e6:,.2f} M"
+        return f"{sign}${_decimal(size / 1e6):,.2f} M"
     if size >= 1 or size == 0:
-        return f"{sign}${size:,.2f}"
-    return f"{sign}${size:.{2 - math.floor(math.log10(size))}f}"
+        return f"{sign}${_decimal(size):,.2f}"
+    return f"{sign}${_decimal(size):.{2 - math.floor(math.log10(size))}f}"
+
+
+def _decimal(value: float) -> Decimal:
+    """As it is written, not as it is stored: rounding then goes as in the report's script."""
+    return Decimal(repr(float(value)))
 
 
 def bar(share: float, *, width: int, ascii_only: bool) -> str:

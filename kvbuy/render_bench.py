@@ -51,7 +51,7 @@ def work_table(found: Benchmark) -> "Table":
         flops = (row.prefill_flops.total, row.reuse_flops.total)
         floors = (flops[0] / found.limits.matmul_tflops / 1e12, row.floor_seconds)
         peaks = [f"{peak / 1e6:.0f}" for peak in (row.prefill_peak_bytes, row.reuse_peak_bytes) if peak is not None]
-        work = (f"{flops[0] / 1e9:,.0f}", f"{flops[1] / 1e9:,.1f}", f"{flops[0] / flops[1]:.0f}")
+        work = (*(_number(count / 1e9) for count in flops), _number(flops[0] / flops[1]))
         cells = (", ".join(map(_seconds, floors)), ", ".join(peaks) or "-")
         table.add_row(str(row.tokens), megabytes(row.kv_bytes), *work, *cells)
     return table
@@ -61,6 +61,10 @@ def _seconds(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     return f"{seconds:.1f}" if seconds >= 10 else f"{seconds:.3f}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _exact(row: Row) -> str:
@@ -82,18 +86,20 @@ def notes(found: Benchmark) -> Iterator[str]:
     yield (
         f"Seconds, medians of {found.repeats} (prefill: at most 3; cold: one): prefill in blocks and in a single pass, "
         f"load, first token of a {found.prompt_tokens}-token prompt, the same on a resident cache, a decode step. "
-        f"Reuse is load and first token. Codec {found.codec}, every digest checked."
+        f"Reuse is load and first token; the ratio is the faster prefill over it. Codec {found.codec}, every digest "
+        "computed and checked."
     )
     if any(row.cold_load_seconds is None for row in found.rows):
         yield "Where cold is -, the file could not be dropped from the page cache."
-    across = "" if limits.host_to_device_gbps is None else f", to the device {limits.host_to_device_gbps:.1f}"
+    across = "" if limits.host_to_device_gbps is None else f", to the device {limits.host_to_device_gbps:.3g}"
     yield (
-        f"Limits: memory copy {limits.memcpy_gbps:.1f} GB/s, file read {limits.read_gbps:.1f}{across}; loading the "
-        f"longest reaches {limits.load_gbps:.1f}, {limits.load_share:.2f} of the lower. Matrix products "
+        f"Limits: memory copy {limits.memcpy_gbps:.3g} GB/s, file read {limits.read_gbps:.3g}{across}; loading the "
+        f"longest reaches {limits.load_gbps:.3g} of KV, {limits.load_share:.2f} of the lower. Matrix products "
         f"{limits.matmul_tflops:.3g} TFLOP/s. Floors: of prefill its operations at that rate; of reuse its bytes "
         "copied, and the first token on a resident cache. Peaks: of prefill and of reuse, weights among them."
     )
-    yield f"Widest spread: {_widest(found.rows)}."
+    if found.repeats > 1:
+        yield f"Widest spread: {_widest(found.rows)}."
 
 
 def baseline_table(found: Benchmark) -> "Table":
@@ -105,7 +111,7 @@ def baseline_table(found: Benchmark) -> "Table":
         load = "-" if one.load_seconds is None else duration(one.load_seconds)
         times = (duration(one.prefill_seconds), load, duration(one.reuse_seconds))
         table.add_row(one.name, size, *times, f"{one.prefill_seconds / one.reuse_seconds:.1f}")
-    ours = (duration(longest.prefill_seconds), duration(longest.load_seconds), duration(longest.reuse_seconds))
+    ours = (duration(longest.scratch_seconds), duration(longest.load_seconds), duration(longest.reuse_seconds))
     table.add_row("kvbuy (verified)", megabytes(longest.file_bytes), *ours, f"{longest.ratio:.1f}")
     return table
 

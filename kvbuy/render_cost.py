@@ -12,6 +12,7 @@ from kvbuy.economics import (
     hosting_pays_from,
     shipping_beats_hosting_below,
     shipping_beats_prefill_below,
+    tokens_usd,
 )
 from kvbuy.paper import GPU_PRICE
 from kvbuy.render import Json, dollars, duration, megabytes, plain_table
@@ -39,34 +40,30 @@ USERS_PAY = "uncached"  # the first way that is a price, not a cost
 
 def cost_json(found: "Estimate") -> Json:
     """`cost --json`."""
-    case, subject = found.cases[0], found.subject
+    case = found.cases[0]
     return {
-        "tokens": case.tokens,
-        "kv_bytes": case.kv_bytes,
-        "seconds": {
-            "prefill": subject.prefill_seconds.value,
-            "reuse": subject.reuse_seconds.value,
-            "transfer": found.transfer_seconds,
-        },
-        "ratio": case.ratio,
-        "per_load": {
+        "one": {
             "prefill_usd": case.prefill_usd,
             "reuse_usd": case.reuse_usd,
             "egress_usd": case.egress_usd,
-            "uncached_usd": case.tokens / 1e6 * case.input_usd,
-            "tariff_usd": case.tokens / 1e6 * case.read_usd,
+            "input_usd": tokens_usd(case.tokens, case.input_usd),
+            "read_usd": tokens_usd(case.tokens, case.read_usd),
         },
         "totals": [
-            {"loads": case.loads, "plan": costs.plan} | {f"{name}_usd": usd for name, usd in asdict(costs).items()}
+            {
+                "loads": case.loads,
+                "cheapest": costs.cheapest,
+                "usd": asdict(costs),
+                "usd_per_load": {name: usd / case.loads for name, usd in asdict(costs).items()},
+            }
             for case, costs in zip(found.cases, found.costs, strict=True)
         ],
-        "residency": [asdict(tier) for tier in found.tiers],
-        "residency_usd": case.residency_usd,
-        "break_even_loads": found.break_even_loads,
-        "break_even_gbps": found.break_even_gbps,
-        "break_even_tokens": found.break_even_tokens,
+        "tiers": [asdict(tier) for tier in found.tiers],
         "verdict": verdict(found.cases[-1]),
-        "basis": found.basis,
+        "caveat": found.caveat,
+        "inputs": {name: asdict(figure) for name, figure in found.inputs.items()},
+        "computed": {name: asdict(figure) for name, figure in found.computed.items()},
+        "formulas": "kvbuy/economics.py",
     }
 
 
@@ -77,33 +74,43 @@ def print_cost(found: "Estimate") -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(load_table(found))
     console.print(total_table(found))
+    console.print(total_table(found, each=True))
     console.print(tier_table(found))
-    for line in cost_notes(found):
+    for line in (*cost_notes(found), "", verdict(found.cases[-1])):
+        console.print(line)
+    if found.caveat is not None:
+        console.print(found.caveat)
+    console.print("")
+    for line in basis_lines(found):
         console.print(line)
 
 
 def load_table(found: "Estimate") -> "Table":
     """What one load takes, in time and money."""
     case, subject = found.cases[0], found.subject
-    prefill, reuse, transfer = subject.prefill_seconds.value, subject.reuse_seconds.value, found.transfer_seconds
+    prefill, reuse = subject.prefill_seconds.value, subject.reuse_seconds.value
+    transfer = found.computed["transfer_seconds"].value
     table = plain_table("one load", "time", "cost")
     table.add_row("prefill", duration(prefill), dollars(case.prefill_usd))
     table.add_row("reuse where the KV is", duration(reuse), dollars(case.reuse_usd))
     table.add_row("ship and reuse", duration(transfer + reuse), dollars(case.egress_usd + case.reuse_usd))
-    table.add_row("users pay, uncached", "", dollars(case.tokens / 1e6 * case.input_usd))
-    table.add_row("users pay, cached", "", dollars(case.tokens / 1e6 * case.read_usd))
+    table.add_row("users pay, uncached", "", dollars(tokens_usd(case.tokens, case.input_usd)))
+    table.add_row("users pay, cached", "", dollars(tokens_usd(case.tokens, case.read_usd)))
     return table
 
 
-def total_table(found: "Estimate") -> "Table":
-    """What all loads cost in each way."""
-    table = plain_table("all loads", *(count(case.loads) for case in found.cases))
+def total_table(found: "Estimate", *, each: bool = False) -> "Table":
+    """What all loads cost in each way, or each of so many."""
+    table = plain_table("each of so many" if each else "all loads", *(count(case.loads) for case in found.cases))
+    shares = [case.loads if each else 1 for case in found.cases]
     for name, label in WAYS.items():
         if name == USERS_PAY:
             table.add_section()
-        table.add_row(label, *(dollars(getattr(costs, name)) for costs in found.costs))
-    table.add_section()
-    table.add_row("cheapest", *(costs.plan for costs in found.costs))
+        sums = (getattr(costs, name) / share for costs, share in zip(found.costs, shares, strict=True))
+        table.add_row(label, *map(dollars, sums))
+    if not each:
+        table.add_section()
+        table.add_row("cheapest at many places", *(costs.cheapest for costs in found.costs))
     return table
 
 
@@ -111,39 +118,49 @@ def tier_table(found: "Estimate") -> "Table":
     """What an hour of residency costs, tier by tier."""
     table = plain_table("keeping it", "an hour", "basis")
     for tier in found.tiers:
-        table.add_row(tier.name, dollars(tier.usd_per_hour), tier.basis.partition(": ")[0])
+        table.add_row(tier.name, dollars(tier.usd_per_hour), tier.basis.removeprefix(f"listed: {tier.name}, "))
     return table
 
 
 def cost_notes(found: "Estimate") -> list[str]:
-    """Break-evens, the verdict, and what every figure is based on."""
-    case, loads, gbps = found.cases[0], found.break_even_loads, found.break_even_gbps
-    lines = [f"{case.tokens} tokens, {megabytes(round(case.kv_bytes))}; prefill : reuse is {case.ratio:.1f}."]
-    if loads is None:
-        lines.append("Break-even: never, reuse is not faster than prefill here.")
+    """What is priced, and its break-evens."""
+    case, computed = found.cases[0], found.computed
+    loads, gbps, tokens = (computed[f"break_even_{name}"].value for name in ("loads", "gbps", "tokens"))
+    size = found.inputs["kv_bytes"]
+    notes = [f"{case.tokens} tokens, {megabytes(round(size.value))}; prefill : reuse is {case.ratio:.1f}."]
+    if math.isinf(loads):
+        notes.append("Break-even: never, reuse is not faster than prefill here.")
     else:
-        lines.append(f"Break-even: computing it once pays from {loads:.2f} loads on.")
-    lines.append(f"Below {gbps:.3g} GB/s ({gbps * 8:.3g} Gbit/s) of link, fetching takes longer than prefill.")
-    if found.break_even_tokens is not None:
-        tokens = max(1, math.ceil(found.break_even_tokens))
-        lines.append(f"Fetched over the link, reuse is faster than prefill from {tokens} tokens on.")
-    lines += ["", verdict(found.cases[-1]), "", "Basis of the figures:"]
-    return lines + [f"  {name}: {basis}" for name, basis in found.basis.items()]
+        notes.append(f"Break-even: computing it once pays from {loads:.2f} loads on.")
+    notes.append(f"Below {gbps:.3g} GB/s ({gbps * 8:.3g} Gbit/s) of link, fetching takes longer than prefill.")
+    if math.isinf(tokens):
+        notes.append("Fetched over the link, reuse is slower than prefill at every length.")
+    elif not math.isnan(tokens):
+        notes.append(f"Fetched over the link, reuse is faster than prefill from {max(1, math.ceil(tokens))} tokens on.")
+    return notes
+
+
+def basis_lines(found: "Estimate") -> list[str]:
+    """Every figure that goes in or follows for any number of loads, and what it is based on."""
+    figures = (found.inputs | found.computed).items()
+    return [f"{name} {figure.value:.6g}, {figure.basis}" for name, figure in figures]
 
 
 def verdict(case: Case) -> str:
     """Prefill, ship or host, and what would change it. `kvbuy/report/page.js` says the same in the same words."""
     costs = count_costs(case)
-    return (
-        f"{costs.plan.capitalize()}: {_loads(case.loads, ' costs', ' cost')} {_compare(costs)}. {_change(case, costs)}"
-    )
+    loads, changes = _loads(case.loads, " costs", " cost"), _change(case, costs)
+    once = f" All at one place: {dollars(costs.ship_once)}, shipped once."
+    best = min(costs.prefill, costs.host, costs.ship)
+    said = f"{costs.cheapest.capitalize()}: {loads} {_compare(costs)}. {changes}"
+    return said + (once if costs.ship_once < best and dollars(costs.ship_once) != dollars(best) else "")
 
 
 def _change(case: Case, costs: Costs) -> str:
     """What would change the verdict."""
     pays = hosting_pays_from(case)
     below_prefill, below_hosting = shipping_beats_prefill_below(case), shipping_beats_hosting_below(case)
-    match costs.plan:
+    match costs.cheapest:
         case "host":
             shipping = f"below {dollars(below_hosting)} a GB shipping is"
             if below_hosting < LOWEST_PRICE:
@@ -152,12 +169,14 @@ def _change(case: Case, costs: Costs) -> str:
         case "ship":
             return f"Above {dollars(min(below_prefill, below_hosting))} a GB it is not."
         case "prefill":
-            if pays is None:
+            if case.ratio <= 1:
                 return "Reuse is not faster here, so no price changes that."
+            if pays is None:
+                return "Prefill costs no more than a load here, so nothing is cheaper."
             hosting = f"From {_loads(math.floor(pays) + 1)} on hosting is cheaper"
             return hosting + (f"; below {dollars(below_prefill)} a GB shipping is." if below_prefill > 0 else ".")
         case _:
-            assert_never(costs.plan)
+            assert_never(costs.cheapest)
 
 
 def paper_json(figures: "Sequence[PaperFigure]") -> Json:
@@ -191,8 +210,10 @@ def quantity(value: float, unit: str) -> str:
 
 
 def count(number: float) -> str:
-    """A number of loads."""
-    return f"{number / 1e6:,g} M" if number >= 1e6 else f"{number:,.0f}"
+    """A number of loads, every digit of it."""
+    if number < 1e6 or number % 10_000:
+        return f"{number:,.0f}"
+    return f"{number / 1e6:,.2f}".rstrip("0").rstrip(".") + " M"
 
 
 def _loads(number: float, one: str = "", many: str = "") -> str:
@@ -201,6 +222,6 @@ def _loads(number: float, one: str = "", many: str = "") -> str:
 
 def _compare(costs: Costs) -> str:
     ways = {"prefill": "prefilled", "host": "hosted", "ship": "shipped"}
-    order = [costs.plan, *(way for way in ways if way != costs.plan)]
+    order = [costs.cheapest, *(way for way in ways if way != costs.cheapest)]
     parts = [f"{dollars(getattr(costs, way))} {ways[way]}" for way in order]
     return f"{parts[0]}, {parts[1]}, {parts[2]}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from kvbuy.economics import break_even_usd_per_gb, egress_usd, tokens_usd
@@ -30,6 +31,11 @@ def measure_json(artifact: "Artifact", found: "Measurement", lossy: Sequence["Lo
     return {
         "artifact": str(artifact.path),
         "id": artifact.id,
+        "document": artifact.manifest.document.name,
+        "model": artifact.manifest.model.name,
+        "fingerprint": artifact.manifest.fingerprint.sha256(),
+        "dtype": artifact.manifest.fingerprint.dtype,
+        "made": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "tokens": found.tokens,
         "kv_bytes": found.kv_bytes,
         "state_bytes": found.state_bytes,

@@ -77,6 +77,11 @@ def benchmark(**changes: Any) -> Benchmark:
 
 WEIGHTS = {
     "artifact": "doc.kv.safetensors",
+    "document": "doc.txt",
+    "model": "tiny",
+    "fingerprint": FINGERPRINT,
+    "dtype": "BF16",
+    "made": "2026-11-24T12:00:00Z",
     "tokens": 2000,
     "kv_bytes": 2_000_000,
     "codecs": [
@@ -87,6 +92,7 @@ WEIGHTS = {
             "ratio": ratio,
             "encode_gbps": 1.0,
             "decode_gbps": 2.0,
+            "sampled": False,
             "layers": [{"layer": at, "key_ratio": ratio, "value_ratio": ratio + 0.01} for at in range(3)],
         }
         for name, ratio in (("raw", 1.0), ("fast", 0.66))

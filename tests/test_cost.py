@@ -1,28 +1,25 @@
 """`kvbuy cost`: figures, prices and assumptions put together, each with its basis."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Ran, Run
-from figures import WEIGHTS, benchmark, row
+from figures import FINGERPRINT, WEIGHTS, benchmark, row
 
 from kvbuy.artifact import Artifact
-from kvbuy.cost import Facts, Terms, estimate, find_subject
+from kvbuy.cost import Terms, estimate
 from kvbuy.errors import UsageError
 from kvbuy.figures import Benchmark
 from kvbuy.prices import shipped_prices
-from kvbuy.render_cost import count, quantity, verdict
+from kvbuy.render_cost import cost_notes, count, quantity, verdict
+from kvbuy.subject import Facts, find_subject
 
 GIVEN = ("--tokens", "1000", "--bytes-per-token", "2e6", "--prefill-seconds", "360", "--reuse-seconds", "36")
-BASES = {
-    "measured",
-    "listed",
-    "given",
-    "assumed",
-    "unknown",
-    "curves through the 2 lengths of the bench run, and the link",
-}
+BASES = {"measured", "listed", "given", "assumed", "computed"}
 
 
 @pytest.fixture
@@ -34,13 +31,15 @@ def bench_file(tmp_path: Path) -> Path:
 
 def test_figures_come_from_the_bench_run_s_longest_document(run: Run, bench_file: Path) -> None:
     found = run("cost", "--bench", str(bench_file), "--gpu-usd-per-hour", "3600", "--json").json
-    assert (found["tokens"], found["kv_bytes"]) == (2000, 2_020_000)
-    assert found["per_load"]["prefill_usd"] == 10
-    assert found["ratio"] == pytest.approx(40)
-    assert found["break_even_loads"] == pytest.approx(40 / 39)
-    assert found["break_even_gbps"] == pytest.approx(2_020_000 / 10 / 1e9)
-    assert found["break_even_tokens"] > 0
-    assert found["basis"]["prefill_seconds"] == "measured: tiny in BF16 on cpu, x86_64, 2 threads, 2026-11-24"
+    value = values(found)
+    assert (value["tokens"], value["kv_bytes"]) == (2000, 2_020_000)
+    assert found["one"]["prefill_usd"] == 10
+    assert value["ratio"] == pytest.approx(40)
+    assert value["break_even_loads"] == pytest.approx(40 / 39)
+    assert value["break_even_gbps"] == pytest.approx(2_020_000 / 10 / 1e9)
+    assert value["break_even_tokens"] > 0
+    basis = found["inputs"]["prefill_seconds"]["basis"]
+    assert basis == "measured: tiny in BF16 on cpu, x86_64, 2 threads, 2026-11-24"
 
 
 def test_a_length_between_two_measured_ones_lies_between_them() -> None:
@@ -48,27 +47,48 @@ def test_a_length_between_two_measured_ones_lies_between_them() -> None:
     assert subject.prefill_seconds.value == pytest.approx(7)
     assert subject.reuse_seconds.value == pytest.approx(0.225)
     assert subject.kv_bytes.value == pytest.approx(1_515_000)
+    assert subject.kv_bytes.basis.endswith("codec raw, interpolated between 1000 and 2000 tokens")
+
+
+def test_prefill_is_the_faster_of_blocks_and_single_pass() -> None:
+    fast = benchmark(rows=[row(1000, prefill=4.0, load=0.1, first=0.1, single_pass_seconds=3.0, ratio=15.0)])
+    assert find_subject(None, fast, Facts()).prefill_seconds.value == 3
 
 
 @pytest.mark.parametrize("tokens", [999, 2001])
 def test_a_length_beyond_the_measured_ones_is_refused(tokens: int) -> None:
     with pytest.raises(UsageError, match="covers 1000 to 2000 tokens") as error:
         find_subject(None, benchmark(), Facts(tokens=tokens))
-    assert error.value.hint == f"kvbuy bench --lengths {tokens}"
+    wanted = ",".join(map(str, sorted((1000, 2000, tokens))))
+    assert f"--lengths {wanted} --out FILE" in (error.value.hint or "")
 
 
 def test_a_run_of_one_length_prices_that_length() -> None:
     one = benchmark(rows=[row(1000, prefill=4.0, load=0.1, first=0.1)])
     found = estimate(find_subject(None, one, Facts()), Terms(), shipped_prices())
     assert found.cases[0].tokens == 1000
-    assert found.break_even_tokens is None
-    assert found.basis["break_even_tokens"].startswith("unknown")
+    assert math.isnan(found.computed["break_even_tokens"].value)
+    assert found.computed["break_even_tokens"].basis.startswith("unknown")
+
+
+def test_a_length_that_no_link_reaches_is_told_so() -> None:
+    linear = benchmark(rows=[row(n, prefill=n / 250, load=0.1, first=0.1) for n in (1000, 2000)])
+    found = estimate(find_subject(None, linear, Facts()), Terms(link_gbit=1e-6), shipped_prices())
+    assert "Fetched over the link, reuse is slower than prefill at every length." in cost_notes(found)
 
 
 def test_an_artifact_of_another_model_than_the_run_is_refused(precomputed: Ran, run: Run, bench_file: Path) -> None:
     ran = run("cost", "doc.kv.safetensors", "--bench", str(bench_file))
     assert ran.code == 4
-    assert "another model" in ran.err
+    assert "not of one model" in ran.err
+    assert f"fingerprint {FINGERPRINT[:12]}..." in ran.err
+
+
+def test_weights_of_another_model_than_the_run_are_refused(run: Run, bench_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "measure.json").write_text(json.dumps(WEIGHTS | {"fingerprint": "1" * 64}))
+    ran = run("cost", "--bench", str(bench_file), "--measure", "measure.json", "--codec", "fast")
+    assert ran.code == 4
+    assert "the measurement is of tiny, fingerprint 111111111111..." in ran.err
 
 
 def test_an_artifact_brings_its_own_length_and_size(precomputed: Ran, tmp_path: Path) -> None:
@@ -84,41 +104,115 @@ def test_an_artifact_brings_its_own_length_and_size(precomputed: Ran, tmp_path: 
 
 
 def test_every_figure_says_its_basis(run: Run, bench_file: Path) -> None:
-    basis = run("cost", "--bench", str(bench_file), "--hours", "5", "--json").json["basis"]
-    assert {text.partition(":")[0] for text in basis.values()} <= BASES
-    assert basis["hours"] == "given: --hours"
-    assert basis["publisher_share"].startswith("assumed")
+    found = run("cost", "--bench", str(bench_file), "--hours", "5", "--json").json
+    figures = found["inputs"] | found["computed"]
+    assert {figure["basis"].partition(":")[0] for figure in figures.values()} == BASES
+    assert figures["hours"] == {"value": 5.0, "basis": "given: --hours"}
+    assert figures["publisher_share"]["basis"].startswith("assumed")
+    assert all(tier["basis"].startswith("listed: ") for tier in found["tiers"])
+    shown = run("cost", "--bench", str(bench_file), "--hours", "5").out
+    assert "hours 5, given: --hours" in shown
 
 
-def test_an_h100_s_price_for_a_cpu_s_time_is_pointed_out(run: Run, bench_file: Path) -> None:
-    basis = run("cost", "--bench", str(bench_file), "--json").json["basis"]
-    assert "a CPU was measured" in basis["gpu_usd_per_hour"]
+def test_an_h100_s_price_for_another_machine_s_time_is_pointed_out(run: Run, bench_file: Path) -> None:
+    caveat = run("cost", "--bench", str(bench_file), "--json").json["caveat"]
+    assert caveat.startswith("An hour is priced as that of H100, but it was measured on cpu, x86_64, 2 threads")
+    assert run("cost", "--bench", str(bench_file), "--gpu-usd-per-hour", "1", "--json").json["caveat"] is None
+    h100 = benchmark(machine="cuda, NVIDIA H100 80GB HBM3, 8 threads")
+    assert estimate(find_subject(None, h100, Facts()), Terms(), shipped_prices()).caveat is None
 
 
 def test_given_figures_need_no_run(run: Run) -> None:
     terms = ("--gpu-usd-per-hour", "10", "--usd-per-gb", "0.05", "--agents", "1", "--agents", "100", "--json")
     found = run("cost", *GIVEN, *terms, "--hours", "0").json
     assert [total["loads"] for total in found["totals"]] == [1, 100]
-    assert [total["plan"] for total in found["totals"]] == ["prefill", "host"]
-    assert found["totals"][1]["ship_usd"] == pytest.approx(1 + 100 * (0.1 + 0.1))
-    assert found["seconds"]["transfer"] == pytest.approx(1.6)
+    assert [total["cheapest"] for total in found["totals"]] == ["prefill", "host"]
+    ship = 1 + 100 * (0.1 + 0.1 + 0.36e-6)
+    assert found["totals"][1]["usd"]["ship"] == pytest.approx(ship)
+    assert found["totals"][1]["usd_per_load"]["ship"] == pytest.approx(ship / 100)
+    assert values(found)["transfer_seconds"] == pytest.approx(1.6)
 
 
-def test_a_codec_has_the_size_that_was_measured(run: Run, bench_file: Path, tmp_path: Path) -> None:
+def test_a_codec_has_the_size_and_the_speed_that_were_measured(run: Run, bench_file: Path, tmp_path: Path) -> None:
     (tmp_path / "measure.json").write_text(json.dumps(WEIGHTS))
-    found = run("cost", "--bench", str(bench_file), "--measure", "measure.json", "--codec", "fast", "--json").json
-    assert found["kv_bytes"] == pytest.approx(0.66 * 2_000_000)
-    assert found["basis"]["kv_bytes"] == "measured: fast on 2000 tokens of the model"
+    options = ("--bench", str(bench_file), "--measure", "measure.json", "--codec", "fast", "--json")
+    inputs = run("cost", *options).json["inputs"]
+    assert inputs["kv_bytes"] == {"value": pytest.approx(0.66 * 2_000_000), "basis": "measured: fast"}
+    assert inputs["reuse_seconds"]["value"] == pytest.approx(0.25 + 2_000_000 / 2e9)
+    assert inputs["reuse_seconds"]["basis"].endswith("and fast decoded on one core, 2 GB/s")
+    scaled = run("cost", *options, "--tokens", "1000").json["inputs"]["kv_bytes"]["basis"]
+    assert scaled == "measured: fast, scaled from 2000 tokens"
     assert "was not measured" in run("cost", *GIVEN[:2], "--measure", "measure.json", "--codec", "dense").err
     assert "nothing says what fast makes" in run("cost", *GIVEN, "--codec", "fast").err
+
+
+def test_a_run_of_one_codec_does_not_time_another(run: Run, bench_file: Path, tmp_path: Path) -> None:
+    bench_file.write_text(benchmark(codec="fast").model_dump_json())
+    (tmp_path / "measure.json").write_text(json.dumps(WEIGHTS))
+    ran = run("cost", "--bench", str(bench_file), "--measure", "measure.json", "--codec", "raw")
+    assert (ran.code, "timed fast, not raw" in ran.err) == (2, True)
+    assert "kvbuy bench --codec raw" in ran.err
+
+
+def test_any_tier_can_keep_the_kv(run: Run) -> None:
+    """An API charges an hour of a million tokens, a store a gigabyte."""
+    found = run("cost", *GIVEN, "--keep", "Gemini 3.1 Pro", "--hours", "2", "--json").json
+    assert values(found)["usd_per_gb_hour"] * 2 == pytest.approx(4.5 * 1000 / 1e6)
 
 
 def test_a_price_of_ones_own_replaces_the_table_s(run: Run, tmp_path: Path) -> None:
     own = {"name": "AWS", "usd_per_gb": 1.0, "date": "2026-12", "source": "our contract"}
     (tmp_path / "p.json").write_text(json.dumps({"version": 1, "egress": [own]}))
     found = run("cost", *GIVEN, "--prices", "p.json", "--json").json
-    assert found["per_load"]["egress_usd"] == 2
-    assert found["basis"]["egress_usd_per_gb"] == "listed: AWS, 2026-12, our contract"
+    assert found["one"]["egress_usd"] == pytest.approx(2, rel=1e-6)
+    assert found["inputs"]["usd_per_gb"]["basis"] == "listed: AWS, 2026-12, our contract"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--gpu", "H100", "--gpu-usd-per-hour", "3"), "two prices for one thing"),
+        (("--egress", "AWS", "--usd-per-gb", "0.1"), "two prices for one thing"),
+        (("--agents", "2.5"), "part of a load"),
+        (("--agents", "nan"), "less than"),
+        (("--usd-per-gb", "nan"), "less than"),
+        (("--reuse-seconds", "nan"), "less than"),
+        (("--hours", "inf"), "less than"),
+        (("--gpu-usd-per-hour", "1e300"), "less than"),
+        (("--paper",), "takes no tokens"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(run: Run, options: tuple[str, ...], words: str) -> None:
+    ran = run("cost", *GIVEN, *options)
+    assert (ran.code, ran.out) == (2, "")
+    assert words in ran.err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda facts: facts["rows"].reverse(), "not in the order"),
+        (lambda facts: facts["rows"][0].update(prefill_seconds=0), "rows.0.prefill_seconds"),
+        (lambda facts: facts["rows"][0].update(ratio=1000), "not that of the times"),
+        (lambda facts: facts["rows"][0].update(prefill_flops={"linear": 0, "attention": 0}), "prefill_flops.linear"),
+        (lambda facts: facts["rows"][0].update(tokens=10**400), "rows.0.tokens"),
+        (lambda facts: (facts.clear(), facts.update(error="no model")), "it holds an error: no model"),
+        (lambda facts: (facts.clear(), facts.update(WEIGHTS)), "give it as --measure"),
+    ],
+)
+def test_a_file_of_odd_figures_is_refused(
+    run: Run, bench_file: Path, change: Callable[[dict[str, Any]], object], words: str
+) -> None:
+    facts = json.loads(bench_file.read_text())
+    change(facts)
+    bench_file.write_text(json.dumps(facts))
+    ran = run("cost", "--bench", str(bench_file))
+    assert (ran.code, ran.out) == (2, "")
+    assert words in ran.err
+
+
+def test_a_bench_file_is_not_taken_for_a_measurement(run: Run, bench_file: Path) -> None:
+    assert "give it as --bench" in run("cost", *GIVEN, "--measure", str(bench_file)).err
 
 
 @pytest.mark.parametrize(
@@ -157,6 +251,11 @@ def test_the_tables_hold_every_way_and_the_verdict(run: Run, bench_file: Path) -
         assert words in shown
 
 
+def values(found: dict[str, Any]) -> dict[str, Any]:
+    """The values of all figures by name."""
+    return {name: figure["value"] for name, figure in (found["inputs"] | found["computed"]).items()}
+
+
 def verdict_of(bench: Benchmark, terms: Terms) -> str:
     return verdict(estimate(find_subject(None, bench, Facts()), terms, shipped_prices()).cases[-1])
 
@@ -178,6 +277,13 @@ def test_the_verdict_says_what_to_do_and_what_would_change_it() -> None:
 def test_reuse_that_is_slower_is_told_so() -> None:
     slow = benchmark(rows=[row(1000, prefill=0.1, load=0.1, first=0.1)])
     assert verdict_of(slow, Terms()).endswith("Reuse is not faster here, so no price changes that.")
+    free = verdict_of(benchmark(), Terms(usd_per_hour=0))
+    assert free.endswith("Prefill costs no more than a load here, so nothing is cheaper.")
+
+
+def test_loads_at_one_place_are_shipped_once() -> None:
+    once = verdict_of(benchmark(), Terms(loads=(1000,), usd_per_hour=3600, usd_per_gb=1e4, keep="H100", hours=1e6))
+    assert once.endswith("below $31.23 a GB shipping is. All at one place: $280.24, shipped once.")
 
 
 def test_numbers_are_written_for_people() -> None:

@@ -28,7 +28,9 @@ CASE = Case(
     loads=100,
     usd_per_gb=0.05,
     usd_per_gb_hour=0.25,
+    usd_per_fetch=0.01,
     store_usd_per_gb_hour=0.125,
+    store_usd_per_fetch=0.02,
     hours=4,
     input_usd=2000.0,
     read_usd=200.0,
@@ -45,13 +47,13 @@ def change(case: Case, **fields: float) -> Case:
 def test_every_way_is_counted_with_its_parts() -> None:
     costs = count_costs(CASE)
     assert costs.prefill == 100
-    assert costs.ship == pytest.approx(1 + 100 * (0.1 + 0.1) + 2 * 0.125 * 4)
-    assert costs.ship_once == pytest.approx(1 + 100 * 0.1 + 0.1 + 2 * 0.125 * 4)
-    assert costs.host == pytest.approx(1 + 100 * 0.1 + 2 * 0.25 * 4)
+    assert costs.ship == pytest.approx(1 + 100 * (0.1 + 0.1 + 0.02) + 2 * 0.125 * 4)
+    assert costs.ship_once == pytest.approx(1 + 100 * 0.1 + 0.1 + 0.02 + 2 * 0.125 * 4)
+    assert costs.host == pytest.approx(1 + 100 * (0.1 + 0.01) + 2 * 0.25 * 4)
     assert (costs.uncached, costs.tariff) == (200, 20)
-    assert costs.margin == pytest.approx(7)
-    assert (costs.publisher, costs.provider) == pytest.approx((1.75, 5.25))
-    assert costs.plan == "host"
+    assert costs.margin == pytest.approx(6)
+    assert (costs.publisher, costs.provider) == pytest.approx((1.5, 4.5))
+    assert costs.cheapest == "host"
 
 
 def test_a_publisher_pays_for_no_loss() -> None:
@@ -61,12 +63,13 @@ def test_a_publisher_pays_for_no_loss() -> None:
 
 
 def test_one_load_is_cheapest_prefilled() -> None:
-    assert count_costs(change(CASE, loads=1)).plan == "prefill"
+    assert count_costs(change(CASE, loads=1)).cheapest == "prefill"
 
 
 def test_free_egress_wins_only_where_the_store_is_cheaper_than_hosting() -> None:
-    assert count_costs(change(CASE, usd_per_gb=0)).plan == "ship"
-    assert count_costs(change(CASE, usd_per_gb=0, store_usd_per_gb_hour=0.25)).plan == "host"
+    free = change(CASE, usd_per_gb=0, store_usd_per_fetch=0)
+    assert count_costs(free).cheapest == "ship"
+    assert count_costs(change(free, store_usd_per_gb_hour=2.0)).cheapest == "host"
 
 
 def test_break_even_loads_are_about_one_for_a_high_ratio() -> None:
@@ -87,15 +90,15 @@ POSITIVE = st.floats(0.01, 1e4)
 def test_hosting_and_prefill_cost_the_same_where_hosting_begins_to_pay(
     prefill: float, ratio: float, loads: float, hours: float
 ) -> None:
-    case = change(CASE, prefill_usd=prefill, ratio=ratio, loads=loads, hours=hours)
+    case = change(CASE, prefill_usd=prefill, ratio=ratio, loads=loads, hours=hours, usd_per_fetch=prefill / 1000)
     even = count_costs(change(case, loads=hosting_pays_from(case) or 0))
     assert even.host == pytest.approx(even.prefill)
 
 
 @given(POSITIVE, st.floats(1.5, 1000), st.floats(10, 1e9))
 def test_shipping_costs_the_same_at_its_break_even_prices(prefill: float, ratio: float, loads: float) -> None:
-    case = change(CASE, prefill_usd=prefill, ratio=ratio, loads=loads)
-    kept_free = change(case, store_usd_per_gb_hour=0)
+    case = change(CASE, prefill_usd=prefill, ratio=ratio, loads=loads, usd_per_fetch=0.02, store_usd_per_fetch=0.01)
+    kept_free = change(case, store_usd_per_gb_hour=0, store_usd_per_fetch=prefill / 1000)
     with_prefill = count_costs(change(kept_free, usd_per_gb=shipping_beats_prefill_below(kept_free)))
     assert with_prefill.ship == pytest.approx(with_prefill.prefill)
     with_hosting = count_costs(change(case, usd_per_gb=shipping_beats_hosting_below(case)))

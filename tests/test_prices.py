@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvbuy.errors import StoreError, UsageError
-from kvbuy.prices import choose_price, choose_tariff, read_prices, shipped_prices
+from kvbuy.prices import EXAMPLE, choose_price, choose_tariff, read_prices, shipped_prices
 
 OWN = {"name": "aws", "usd_per_gb": 0.05, "date": "2026-12", "source": "our contract"}
 
@@ -22,7 +22,7 @@ def test_every_price_is_dated_and_has_a_source() -> None:
     table = shipped_prices()
     prices = (*table.gpus, *table.egress, *table.storage, *table.tariffs)
     assert len(prices) > 15
-    assert all(price.date in price.basis and price.source in price.basis for price in prices)
+    assert all(price.date and price.date in price.basis and price.source in price.basis for price in prices)
     assert [price.name for price in table.egress if not price.secondary] == ["Cloudflare R2", "Hugging Face"]
 
 
@@ -71,9 +71,17 @@ def test_what_is_no_price_table_is_refused_with_the_reason(tmp_path: Path, table
 
 def test_text_that_is_no_json_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "prices.json"
-    path.write_text("aws 0.09")
-    with pytest.raises(UsageError, match="no price table"):
-        read_prices(path)
+    for text in ("aws 0.09", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(UsageError, match="no price table") as error:
+            read_prices(path)
+        assert '"usd_per_hour": 1.2' in (error.value.hint or "")
+
+
+def test_the_example_that_an_error_shows_is_a_price_table(tmp_path: Path) -> None:
+    path = tmp_path / "prices.json"
+    path.write_text(EXAMPLE.removeprefix("its shape is: "))
+    assert read_prices(path).gpus[0].name == "ours"
 
 
 def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
@@ -86,6 +94,7 @@ def test_a_tariff_that_the_table_lacks_is_looked_up() -> None:
     assert 0 < found.read < found.input
     assert found.basis.startswith("listed: ")
     assert "genai-prices" in found.source
+    assert "undated" in found.basis
 
 
 def test_a_tariff_that_nobody_knows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

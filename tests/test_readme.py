@@ -92,7 +92,7 @@ def test_gpu_check_runs_where_there_is_no_gpu(tmp_path: Path) -> None:
     found = next(value for name, value in facts.items() if name.startswith("random "))
     assert [(row["tokens"], row["exact"]) for row in found["bench"]["rows"]] == [(64, True), (100, True)]
     assert found["verify"]["verdict"] == "exact"
-    assert found["measure"] is None
+    assert {one["name"] for one in found["measure"]} >= {"raw", "fast"}
     assert ran.stdout.splitlines()[-1].startswith(facts["device"])
 
 

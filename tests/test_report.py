@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import Run
-from figures import WEIGHTS, benchmark
+from figures import WEIGHTS, benchmark, row
 
-from kvbuy.cost import Estimate, Facts, Terms, estimate, find_subject
+from kvbuy.cost import Estimate, Terms, estimate
 from kvbuy.economics import Case, count_costs
 from kvbuy.figures import Weights
 from kvbuy.prices import shipped_prices
 from kvbuy.render_cost import verdict
 from kvbuy.report import make_report
+from kvbuy.subject import Facts, find_subject
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -134,9 +135,30 @@ def test_a_slider_changes_the_verdict(browser_page: "Page") -> None:
     assert browser_page.inner_text("#verdict").startswith("Prefill: 1 load costs ")
     set_slider(browser_page, "agents", 4)
     assert browser_page.inner_text("#verdict") == verdict(replace(priced().cases[-1], loads=10_000))
+    set_slider(browser_page, "agents", 3)
     set_slider(browser_page, "egress", 0)
-    assert browser_page.inner_text("#verdict").startswith("Ship: 10,000 loads cost ")
+    assert browser_page.inner_text("#verdict").startswith("Ship: 1,000 loads cost ")
     assert browser_page.inner_text("tr.cheapest td") == "ship every time, reuse"
+
+
+def test_sliders_reach_from_where_a_case_starts(browser_page: "Page") -> None:
+    browser_page.reload()
+    shown = [browser_page.inner_text(f"label[for={name}] output") for name in ("agents", "egress", "gpu", "ratio")]
+    assert shown == ["1 M", "$0.0900", "$10.00", "40.0x"]
+    for name in ("gpu", "agents", "egress"):
+        set_slider(browser_page, name, 0)
+    words = browser_page.inner_text("#verdict")
+    assert words == verdict(replace(priced().cases[-1], loads=1, usd_per_gb=0, prefill_usd=0))
+
+
+def test_a_case_beyond_the_sliders_usual_ends_still_fits_them() -> None:
+    slow = benchmark(rows=[row(1000, prefill=0.1, load=0.1, first=0.1)])
+    found = estimate(find_subject(None, slow, Facts()), Terms(loads=(1e12,), usd_per_hour=200), shipped_prices())
+    page = make_report(slow, None, found)
+    assert "Reuse is not faster than prefill at 1000 tokens" in page
+    ends = re.findall(r'id="(\w+)" min="([^"]*)" max="([^"]*)" step="any" value="([^"]*)"', page)
+    assert [name for name, *_ in ends] == ["agents", "egress", "gpu", "ratio"]
+    assert all(float(low) <= float(value) <= float(high) for _, low, high, value in ends)
 
 
 def test_the_script_computes_what_the_library_computes(browser_page: "Page") -> None:
@@ -157,12 +179,14 @@ def draw_case(seed: int) -> Case:
     return Case(
         tokens=random.randrange(1, 100_000),
         kv_bytes=between(1e4, 1e11),
-        prefill_usd=between(1e-6, 10),
-        ratio=between(0.5, 500),
+        prefill_usd=random.choice([0.0, 0.125, 2.5, between(1e-6, 10), between(1e-6, 10)]),  # among them ties
+        ratio=random.choice([1.0, 4.0, between(0.5, 500), between(0.5, 500)]),
         loads=float(round(between(1, 1e9))),
         usd_per_gb=random.choice([0.0, between(1e-3, 0.2)]),
         usd_per_gb_hour=random.choice([0.0, between(1e-6, 0.1)]),
+        usd_per_fetch=random.choice([0.0, between(1e-7, 1e-4)]),
         store_usd_per_gb_hour=random.choice([0.0, between(1e-6, 0.1)]),
+        store_usd_per_fetch=random.choice([0.0, between(1e-7, 1e-4)]),
         hours=between(0.1, 1000),
         input_usd=between(0.1, 20),
         read_usd=between(0.01, 2),
@@ -176,6 +200,7 @@ def test_the_page_fits_a_telephone_and_prints(browser_page: "Page") -> None:
     assert browser_page.evaluate("document.documentElement.scrollWidth") <= 390
     browser_page.set_viewport_size({"width": 900, "height": 1000})
     browser_page.emulate_media(media="print")
-    assert browser_page.evaluate("getComputedStyle(document.querySelector('.controls')).display") == "none"
+    assert browser_page.evaluate("getComputedStyle(document.querySelector('.controls input')).display") == "none"
+    assert browser_page.inner_text("label[for=agents] output") == "1 M"
     assert len(browser_page.pdf()) > 10_000
     browser_page.emulate_media(media="screen")

@@ -17,7 +17,7 @@ from kvbuy.artifact import Artifact
 from kvbuy.bench.baselines import Found, measure_by_hand, measure_llama_cpp, measure_vllm
 from kvbuy.bench.limits import copy_gbps, measure_limits
 from kvbuy.bench.rows import DECODED, measure_row
-from kvbuy.errors import DocumentError, UsageError
+from kvbuy.errors import DocumentError, ModelError, UsageError
 from kvbuy.figures import Baseline, Benchmark, Missing, Row
 from kvbuy.manifest import refuse_block_size
 from kvbuy.models import Model
@@ -57,6 +57,7 @@ def run_bench(
         DocumentError: the text is shorter than the longest length.
         UsageError: a length is more than the model can hold, or the codec or block size cannot be used.
         PackError: the codec needs a pack, and the model has none here.
+        ModelError: something in the model's config or tokenizer cannot be counted with.
     """
     refuse_block_size(plan.block_size)
     prompt = model.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
@@ -74,8 +75,7 @@ def run_bench(
             ).artifact
             rows.append(measure_row(model, artifact, prompt, repeats=plan.repeats, copy_gbps=copy))
         progress("limits", len(rows), len(lengths))
-        load_gbps = rows[-1].kv_bytes / rows[-1].load_seconds / 1e9
-        limits = measure_limits(path, device=model.device, dtype=model.model.dtype, load_gbps=load_gbps)
+        limits = measure_limits(path, device=model.device, dtype=model.model.dtype, row=rows[-1])
         if plan.baselines:
             progress("baselines", len(rows), len(lengths))
             found = _measure_baselines(model, artifact, prompt, rows[-1], plan)
@@ -124,8 +124,12 @@ def cut_text(model: Model, text: str, lengths: Sequence[int]) -> list[str]:
 
     Raises:
         DocumentError: it has fewer tokens than that.
+        ModelError: its tokenizer is a slow one, which knows no places in a text.
     """
-    ends = [end for _, end in model.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]
+    try:
+        ends = [end for _, end in model.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]
+    except NotImplementedError as error:
+        raise ModelError(f"the tokenizer of {model.label.name} does not say where a token ends") from error
     if len(ends) < max(lengths):
         raise DocumentError(
             f"the text has {len(ends)} tokens, not {max(lengths)}", hint="name a longer one, or give --lengths"

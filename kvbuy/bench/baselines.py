@@ -26,6 +26,7 @@ from kvbuy.manifest import FullLayer
 from kvbuy.models import Model
 from kvbuy.reuse import load_document
 
+PATIENCE = 3600  # seconds
 CACHES = 4  # documents for which vLLM gets memory: it rounds up, and keeps what it need not
 
 Tensors = dict[str, torch.Tensor]
@@ -150,10 +151,17 @@ def _run(python: str, program: str, request: dict[str, Any]) -> dict[str, Any] |
     """What a program measured, or the last thing it said."""
     command = [python, str(Path(__file__).parent / "programs" / program)]
     try:
-        ran = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
+        ran = subprocess.run(
+            command, input=json.dumps(request), capture_output=True, text=True, check=False, timeout=PATIENCE
+        )
     except OSError as error:
         return f"{python}: {error.strerror}"
+    except subprocess.TimeoutExpired:
+        return f"it took more than {PATIENCE} s"
     if ran.returncode != 0:
         return (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1]
-    times: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    try:
+        times: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return f"{python} printed no times"
     return times

@@ -1,11 +1,13 @@
 """Reading files at their limit: in the page cache, and out of it."""
 
+import ctypes
 import os
+import sys
+from mmap import MAP_PRIVATE, PAGESIZE, PROT_READ, PROT_WRITE, mmap
 from pathlib import Path
 
 from kvbuy.parallel import in_order
 
-PAGE = 4096
 PIECE = 8 * 2**20
 
 
@@ -27,23 +29,28 @@ def _read_piece(handle: int, buffer: memoryview, start: int) -> None:
 
 def drop_from_page_cache(path: Path) -> bool:
     """Make the system forget a file's contents; whether it did (no privilege needed, not every file system can)."""
-    if not hasattr(os, "posix_fadvise") or not hasattr(os, "RWF_NOWAIT"):
+    if sys.platform != "linux":
         return False
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)  # what is not on the disk yet cannot be forgotten
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        size = os.fstat(handle).st_size
-        return not any(is_cached(handle, size * part // 8) for part in range(8))
     finally:
         os.close(handle)
+    return count_cached(path) == 0
 
 
-def is_cached(handle: int, offset: int) -> bool:
-    """Whether a page can be read without waiting for the disk."""
-    try:
-        return os.preadv(handle, [bytearray(PAGE)], offset, os.RWF_NOWAIT) > 0
-    except BlockingIOError:
-        return False
-    except OSError:  # the file system cannot say
-        return True
+def count_cached(path: Path) -> int:
+    """How many pages of a file (not an empty one) are in the page cache, by mincore(2): looking reads none of them.
+
+    Raises:
+        OSError: the system cannot say.
+    """
+    with path.open("rb") as file, mmap(file.fileno(), 0, flags=MAP_PRIVATE, prot=PROT_READ | PROT_WRITE) as mapped:
+        cached = (ctypes.c_ubyte * -(-len(mapped) // PAGESIZE))()
+        start = ctypes.c_char.from_buffer(mapped)
+        failed = ctypes.CDLL(None, use_errno=True).mincore(ctypes.byref(start), ctypes.c_size_t(len(mapped)), cached)
+        del start  # it holds the mapping
+    if failed:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return sum(page & 1 for page in cached)

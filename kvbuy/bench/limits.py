@@ -7,7 +7,7 @@ from torch.nn.functional import linear
 
 from kvbuy.bench.files import read_into
 from kvbuy.bench.timing import median_seconds
-from kvbuy.figures import Limits
+from kvbuy.figures import Limits, Row
 
 COPIED = 256 * 2**20  # bytes
 SIDES = {"cuda": (4096, 8192)}  # of the square matrices, of which the best counts; else:
@@ -15,8 +15,8 @@ SMALL_SIDES = (512, 1024, 2048)
 REPEATS = 5
 
 
-def measure_limits(path: Path, *, device: torch.device, dtype: torch.dtype, load_gbps: float) -> Limits:
-    """Measure them, reading the artifact at `path`; `load_gbps` is what loading it reached."""
+def measure_limits(path: Path, *, device: torch.device, dtype: torch.dtype, row: Row) -> Limits:
+    """Measure them, reading the artifact at `path`; `row` says how fast it was loaded."""
     size = path.stat().st_size
     buffer = memoryview(bytearray(size))
     read = size / 1e9 / median_seconds(lambda: read_into(path, buffer), device, repeats=REPEATS)
@@ -26,8 +26,8 @@ def measure_limits(path: Path, *, device: torch.device, dtype: torch.dtype, load
         read_gbps=read,
         host_to_device_gbps=across,
         matmul_tflops=_matmul_flops(device, dtype) / 1e12,
-        load_gbps=load_gbps,
-        load_share=load_gbps / min(read, across or read),
+        load_gbps=row.kv_bytes / row.load_seconds / 1e9,
+        load_share=row.file_bytes / row.load_seconds / 1e9 / min(read, across or read),
     )
 
 

@@ -30,9 +30,9 @@ PREFILLS = 3  # repeats at most: a prefill takes long, and varies less than a lo
 def measure_row(model: Model, artifact: Artifact, prompt: Sequence[int], *, repeats: int, copy_gbps: float) -> Row:
     """All the figures of an artifact; `copy_gbps` is the fastest copy to where the model is."""
     manifest, ids, watch = artifact.manifest, artifact.read_tokens(), Stopwatch(model.device)
-    reset_peak(model.device)
-    scratch, blocks_equal = _time_prefill(model, artifact, watch, repeats=min(repeats, PREFILLS))
-    prefill_peak = read_peak(model.device)
+    prefill_flops = count_flops(model, rows=len(ids), cached=0, logits=False)
+    reuse_flops = count_flops(model, rows=len(prompt), cached=len(ids), logits=True)
+    scratch, blocks_equal, prefill_peak = _time_prefill(model, artifact, watch, repeats=min(repeats, PREFILLS))
     wanted, wanted_logits = greedy(model, scratch, prompt, max_new_tokens=DECODED)
     del scratch  # two caches at a time would be the peak
 
@@ -48,16 +48,16 @@ def measure_row(model: Model, artifact: Artifact, prompt: Sequence[int], *, repe
     logits = torch.stack([step.logits for step in steps]).cpu()
 
     medians = watch.medians()
-    reuse = medians["reuse_seconds"]
+    scratch_seconds = min(medians["prefill_seconds"], medians["single_pass_seconds"])
     return Row(
         tokens=len(ids),
         kv_bytes=manifest.kv_bytes(),
         file_bytes=artifact.path.stat().st_size,
         cold_load_seconds=_load_cold(artifact, loaded, model.device),
-        ratio=medians["prefill_seconds"] / reuse,
+        ratio=scratch_seconds / medians["reuse_seconds"],
         floor_seconds=manifest.kv_bytes() / 1e9 / copy_gbps + medians["resident_seconds"],
-        prefill_flops=count_flops(model, rows=len(ids), cached=0, logits=False),
-        reuse_flops=count_flops(model, rows=len(prompt), cached=len(ids), logits=True),
+        prefill_flops=prefill_flops,
+        reuse_flops=reuse_flops,
         prefill_peak_bytes=prefill_peak,
         reuse_peak_bytes=reuse_peak,
         exact=blocks_equal == len(manifest.blocks) and torch.equal(logits, wanted_logits),
@@ -69,8 +69,11 @@ def measure_row(model: Model, artifact: Artifact, prompt: Sequence[int], *, repe
     )
 
 
-def _time_prefill(model: Model, artifact: Artifact, watch: Stopwatch, *, repeats: int) -> tuple[Cache, int]:
-    """Time a single pass and prefill in blocks; the last cache, and how many of its blocks are the artifact's."""
+def _time_prefill(model: Model, artifact: Artifact, watch: Stopwatch, *, repeats: int) -> tuple[Cache, int, int | None]:
+    """Time a single pass and prefill in blocks.
+
+    The last cache, how many of its blocks are the artifact's, and the peak of memory in blocks.
+    """
     manifest, ids = artifact.manifest, artifact.read_tokens()
     wanted = [block.digest for block in manifest.blocks]
     whole = torch.tensor([ids], device=model.device)
@@ -83,13 +86,16 @@ def _time_prefill(model: Model, artifact: Artifact, watch: Stopwatch, *, repeats
         digests = prefill(model, ids, cache, block_size=manifest.profile.block_size)
         found.append(sum(a == b for a, b in zip(digests, wanted, strict=True)))
 
-    found = [len(wanted)]
+    cache, found = None, [len(wanted)]
     for _ in range(repeats):
+        cache = None  # a cache of the last round would be in this one's peak
         with stock_attention(model.model):
             watch.lap("single_pass_seconds", single_pass)
+        reset_peak(model.device)
         cache = empty_cache(model.model.config, capacity=len(ids) + 2 * DECODED)
         watch.lap("prefill_seconds", partial(blocks, cache))
-    return cache, min(found)
+    assert cache is not None
+    return cache, min(found), read_peak(model.device)
 
 
 def _time_reuse(model: Model, artifact: Artifact, prompt: Sequence[int], watch: Stopwatch) -> Cache:

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from html import escape
 from importlib.resources import files
+from math import log10
 from string import Template
 
 from kvbuy.cost import Estimate
 from kvbuy.figures import Benchmark, CodecRatio, Row, Weights
 from kvbuy.render import dollars, duration, megabytes
-from kvbuy.render_cost import WAYS, cost_notes, count, verdict
+from kvbuy.render_cost import WAYS, basis_lines, cost_notes, count, verdict
 from kvbuy.report.plots import plot_first_token, plot_layers, plot_lengths
 
 COMPARED = ("prefill", "ship", "ship_once", "host")
@@ -43,14 +44,21 @@ def _heading(bench: Benchmark | None, weights: Weights | None) -> str:
     if bench is None:
         return "What a document's KV weighs" if weights else "What a document's KV costs"
     longest = bench.rows[-1]
-    return f"Reuse is {longest.ratio:.0f} times faster than prefill at {longest.tokens} tokens"
+    if longest.ratio <= 1:
+        return f"Reuse is not faster than prefill at {longest.tokens} tokens"
+    times = f"{longest.ratio:.0f}" if longest.ratio >= 10 else f"{longest.ratio:.1f}"
+    return f"Reuse is {times} times faster than prefill at {longest.tokens} tokens"
 
 
 def _subject(bench: Benchmark | None, weights: Weights | None) -> str:
     if bench is not None:
         exact = "every length bit-exact" if all(row.exact for row in bench.rows) else "not bit-exact at every length"
         return f"{bench.model}, {bench.dtype}, on {bench.machine}, {bench.made[:10]}; {exact}"
-    return f"{weights.tokens} tokens, {megabytes(weights.kv_bytes)} of KV" if weights else ""
+    return _weighed(weights) if weights else ""
+
+
+def _weighed(weights: Weights) -> str:
+    return f"{weights.document}, {weights.model}, {weights.dtype}, {weights.made[:10]}; {weights.tokens} tokens"
 
 
 def _footer(bench: Benchmark | None) -> str:
@@ -70,12 +78,18 @@ def _bench_sections(bench: Benchmark) -> Iterator[str]:
         f'<p class="note">Medians of {bench.repeats} (prefill of at most 3), codec {escape(bench.codec)}.</p>',
     )
     yield _section(
-        "The time to the first token",
-        _figure(plot_first_token(bench.rows), "Load, prompt rows and a decode step, by document length"),
-        f'<p class="note">A load reaches {bench.limits.load_gbps:.1f} GB/s, {bench.limits.load_share:.2f} of what this '
-        "machine reads.</p>",
+        "The first token, and the step after it",
+        _figure(plot_first_token(bench.rows), "Load and prompt rows, then a decode step, by document length"),
+        f'<p class="note">A load reaches {bench.limits.load_gbps:.3g} GB/s, {bench.limits.load_share:.2f} of '
+        f"{_limit(bench)}.</p>",
         _baselines(bench),
     )
+
+
+def _limit(bench: Benchmark) -> str:
+    if bench.limits.host_to_device_gbps is None:
+        return "what this machine reads"
+    return "the slower of reading the file and copying to the device"
 
 
 def _length_table(rows: Sequence[Row]) -> str:
@@ -115,7 +129,7 @@ def _weight_sections(weights: Weights) -> Iterator[str]:
     smallest = min(weights.codecs, key=lambda codec: codec.ratio)
     yield _section(
         "How small it gets, without losing a bit",
-        f"<p>{megabytes(weights.kv_bytes)} of KV for {weights.tokens} tokens; {escape(smallest.name)} leaves "
+        f"<p>{escape(_weighed(weights))}, {megabytes(weights.kv_bytes)} of KV; {escape(smallest.name)} leaves "
         f"{smallest.ratio:.3f} of it.</p>",
         _table(("codec", "size", "ratio", "encode GB/s", "decode GB/s"), list(map(_codec_row, weights.codecs))),
         _figure(plot_layers(smallest.layers), f"What {smallest.name} leaves of each layer") if smallest.layers else "",
@@ -124,7 +138,8 @@ def _weight_sections(weights: Weights) -> Iterator[str]:
 
 def _codec_row(codec: CodecRatio) -> tuple[str, ...]:
     speeds = (f"{codec.encode_gbps:.2g}", f"{codec.decode_gbps:.2g}")
-    return (codec.name, megabytes(codec.bytes), f"{codec.ratio:.3f}", *speeds)
+    about = "~" if codec.sampled else ""
+    return (codec.name, about + megabytes(codec.bytes), f"{about}{codec.ratio:.3f}", *speeds)
 
 
 def _cost_sections(found: Estimate) -> Iterator[str]:
@@ -139,30 +154,38 @@ def _cost_sections(found: Estimate) -> Iterator[str]:
         for name, label in WAYS.items()
         if name not in COMPARED
     )
-    controls = _template("controls.html").substitute(
-        loads=_slider_value(case.loads),
-        usd_per_gb=case.usd_per_gb,
-        most_usd_per_gb=max(0.2, case.usd_per_gb),
-        usd_per_hour=case.prefill_usd / found.subject.prefill_seconds.value * 3600,
-        ratio=_slider_value(case.ratio),
-        shown_loads=count(case.loads),
-    )
-    notes = "".join(f"<li>{escape(line.strip())}</li>" for line in cost_notes(found) if line.startswith("  "))
+    basis = "".join(f"<li>{escape(line)}</li>" for line in basis_lines(found))
+    tiers = [(tier.name, dollars(tier.usd_per_hour), tier.basis) for tier in found.tiers]
     yield _section(
         "What it costs: prefill, ship or host",
+        f"<p>{escape(' '.join(cost_notes(found)))}</p>",
         f'<p class="verdict" id="verdict" aria-live="polite">{escape(verdict(case))}</p>',
-        controls,
+        f'<p class="note">{escape(found.caveat)}</p>' if found.caveat else "",
+        _controls(found),
         _captioned("What all loads cost, in US dollars", rows),
         _captioned("What users pay, and what that leaves over hosting", sums),
-        f"<details><summary>Where the figures are from</summary><ul>{notes}</ul></details>",
+        "<details><summary>What keeping it costs, by place</summary>",
+        _table(("place", "an hour", "basis"), tiers) + "</details>",
+        f"<details><summary>Where the figures are from</summary><ul>{basis}</ul></details>",
     )
 
 
-def _slider_value(value: float) -> float:
-    """A value's place on a slider that counts in powers of ten."""
-    from math import log10
-
-    return round(log10(max(value, 1)), 4)
+def _controls(found: Estimate) -> str:
+    """The sliders: of loads and ratio in powers of ten, wide enough for what they start from."""
+    case, hourly = found.cases[-1], found.inputs["gpu_usd_per_hour"].value
+    loads, ratio = log10(case.loads), log10(case.ratio)
+    return _template("controls.html").substitute(
+        loads=loads,
+        most_loads=max(9.0, loads),
+        shown_loads=count(case.loads),
+        usd_per_gb=case.usd_per_gb,
+        most_usd_per_gb=max(0.2, 2 * case.usd_per_gb),
+        usd_per_hour=hourly,
+        most_usd_per_hour=max(15.0, 2 * hourly),
+        ratio=ratio,
+        least_ratio=min(0.0, ratio),
+        most_ratio=max(3.0, ratio),
+    )
 
 
 def _section(title: str, *parts: str) -> str:
@@ -189,7 +212,7 @@ def _script_data(found: Estimate | None) -> str:
     if found is None:
         return "null"
     facts = asdict(found.cases[-1]) | {"prefill_seconds": found.subject.prefill_seconds.value}
-    return json.dumps(facts).replace("</", "<\\/")
+    return json.dumps(facts, allow_nan=False).replace("</", "<\\/")
 
 
 def _template(name: str) -> Template:

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from kvbuy.figures import LayerRatio, Row
 
@@ -52,15 +53,18 @@ def plot_lengths(rows: Sequence[Row]) -> str:
         axes.plot(tokens, [row.reuse_seconds for row in rows], color=TWO, marker="s", linestyle="--", label="reuse")
         axes.set(xscale="log", yscale="log", xlabel="tokens of the document", ylabel="seconds")
         axes.set_xticks(tokens, [str(count) for count in tokens])
-        axes.minorticks_off()
+        axes.xaxis.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(axis="y")
         axes.legend()
 
-    return _svg(draw, height=3.6)
+    return _svg(draw, height=3.8)
 
 
 def plot_first_token(rows: Sequence[Row]) -> str:
-    """What the time to the first tokens is made of: load, the prompt's rows, and one more token, in milliseconds."""
+    """What the time to the first token is made of, load and the prompt's rows, and one step more, in milliseconds."""
 
     def draw(axes: Axes) -> None:
         parts = (
@@ -79,9 +83,9 @@ def plot_first_token(rows: Sequence[Row]) -> str:
         axes.invert_yaxis()
         axes.grid(axis="x")
         axes.set_axisbelow(True)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3)
+        axes.figure.legend(loc="outside upper center", ncols=3)
 
-    return _svg(draw, height=1.4 + 0.42 * len(rows))
+    return _svg(draw, height=1.6 + 0.42 * len(rows))
 
 
 def plot_layers(layers: Sequence[LayerRatio]) -> str:
