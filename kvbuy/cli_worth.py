@@ -19,14 +19,17 @@ from kvbuy.options import (
     ForceOption,
     GpuHourOption,
     JsonOption,
+    KeepOption,
     LengthsOption,
     LinkOption,
     LoadsOption,
     MeasureOption,
     ModelOption,
     PricesOption,
+    RouteOption,
     ShareOption,
     StartOption,
+    TariffOption,
     TextArgument,
 )
 
@@ -138,12 +141,12 @@ def cost(
     reuse_seconds: Annotated[float | None, typer.Option("--reuse-seconds", min=1e-6, max=1e9)] = None,
     gpu: Annotated[str | None, typer.Option("--gpu", help="Its price from the table.")] = None,
     gpu_usd_per_hour: GpuHourOption = None,
-    egress: Annotated[str | None, typer.Option("--egress", help="Who ships, from the table.")] = None,
+    egress: RouteOption = None,
     usd_per_gb: EgressOption = None,
-    keep: Annotated[str | None, typer.Option("--keep", help="Where hosted KV stays, from the table.")] = None,
+    keep: KeepOption = None,
     hours: Annotated[float | None, typer.Option("--hours", min=0.0, max=1e6, help="How long. [default: 24]")] = None,
     link_gbit: LinkOption = None,
-    tariff: Annotated[str | None, typer.Option("--tariff", help="What users pay, from the table.")] = None,
+    tariff: TariffOption = None,
     publisher_share: ShareOption = None,
     prices: PricesOption = None,
     paper: Annotated[bool, typer.Option("--paper", help="The paper's table from its own inputs.")] = False,
@@ -215,6 +218,9 @@ def report(
     bench: BenchOption = None,
     measure: MeasureOption = None,
     agents: StartOption = 1e6,
+    egress: RouteOption = None,
+    keep: KeepOption = None,
+    tariff: TariffOption = None,
     gpu_usd_per_hour: GpuHourOption = None,
     usd_per_gb: EgressOption = None,
     prices: PricesOption = None,
@@ -241,7 +247,14 @@ def report(
     refuse_unwritable(out, force=force)
     run = None if bench is None else read_benchmark(bench)
     weights = None if measure is None else read_weights(measure)
-    terms = Terms(loads=(agents,), usd_per_hour=gpu_usd_per_hour, usd_per_gb=usd_per_gb)
+    terms = Terms(
+        loads=(agents,),
+        egress=egress,
+        keep=keep,
+        tariff=tariff,
+        usd_per_hour=gpu_usd_per_hour,
+        usd_per_gb=usd_per_gb,
+    )
     table = read_prices(prices)
     found = None if run is None else estimate(find_subject(None, run, Facts(weights=weights)), terms, table)
 

@@ -4,6 +4,7 @@ A basis is measured (where and when), listed (source and date), given (by whoeve
 others. The arithmetic is `kvbuy.economics`, what given facts lack comes from `kvbuy.subject`. It knows no model.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import inf, nan
 
@@ -19,7 +20,7 @@ from kvbuy.economics import (
     transfer_seconds,
 )
 from kvbuy.errors import UsageError
-from kvbuy.prices import PriceTable, Tariff, choose_price, choose_tariff
+from kvbuy.prices import PriceTable, Tariff, choose_price, choose_store, choose_tariff, shipped_prices
 from kvbuy.subject import Figure, Subject, given, refuse_odd_numbers
 
 LOADS = (1.0, 1_000.0, 1_000_000.0)
@@ -60,7 +61,7 @@ class Estimate:
     """The answer. `cases` and `costs` are for each number of loads.
 
     `inputs` and `computed` are figures by name, each with its basis; a break-even that is never reached is infinite,
-    one that cannot be known is not a number. `caveat` says where a price is not that of the machine that was measured.
+    one that cannot be known is not a number. `caveats` say where a price is not that of what was measured.
     """
 
     subject: Subject
@@ -69,7 +70,7 @@ class Estimate:
     tiers: tuple[Tier, ...]
     inputs: dict[str, Figure]
     computed: dict[str, Figure]
-    caveat: str | None
+    caveats: tuple[str, ...]
 
 
 def estimate(subject: Subject, terms: Terms, prices: PriceTable) -> Estimate:
@@ -83,7 +84,9 @@ def estimate(subject: Subject, terms: Terms, prices: PriceTable) -> Estimate:
         raise UsageError("a part of a load cannot be counted", hint="--agents 1000")
     tariff = choose_tariff(prices.tariffs, terms.tariff)
     tiers = _tiers(subject, tariff, prices)
-    inputs = _inputs(subject, terms, prices, keep=choose_price(tiers, terms.keep), tariff=tariff)
+    store = choose_store(choose_price(prices.egress, terms.egress), prices.storage)
+    keep = choose_price(tiers, terms.keep or store.name)
+    inputs = _inputs(subject, terms, prices, keep=keep, tariff=tariff)
     case = _case(inputs)
     cases = tuple(replace(case, loads=loads) for loads in terms.loads)
     return Estimate(
@@ -93,14 +96,15 @@ def estimate(subject: Subject, terms: Terms, prices: PriceTable) -> Estimate:
         tiers=tiers,
         inputs=inputs,
         computed=_computed(case, subject, link_gbit=inputs["link_gbit"].value),
-        caveat=_caveat(subject, terms, prices),
+        caveats=tuple(_caveats(subject, terms, prices, tariff)),
     )
 
 
 def _inputs(subject: Subject, terms: Terms, prices: PriceTable, *, keep: Tier, tariff: Tariff) -> dict[str, Figure]:
     """Everything that goes in."""
-    size, store = subject.kv_bytes.value / 1e9, prices.storage[0]
+    size = subject.kv_bytes.value / 1e9
     gpu, route = choose_price(prices.gpus, terms.gpu), choose_price(prices.egress, terms.egress)
+    store = choose_store(route, prices.storage)
     if terms.gpu is not None and terms.usd_per_hour is not None:
         raise UsageError("--gpu and --gpu-usd-per-hour are two prices for one thing", hint="give one of them")
     if terms.egress is not None and terms.usd_per_gb is not None:
@@ -119,6 +123,7 @@ def _inputs(subject: Subject, terms: Terms, prices: PriceTable, *, keep: Tier, t
         "store_usd_per_gb_hour": Figure(store.usd_per_gb_hour, store.basis),
         "store_usd_per_fetch": Figure(store.usd_per_million_reads / MILLION, store.basis),
         "input_usd": Figure(tariff.input, tariff.basis),
+        "write_usd": Figure(tariff.write, tariff.basis),
         "read_usd": Figure(tariff.read, tariff.basis),
         "publisher_share": given(terms.publisher_share, "--publisher-share") or Figure(0.5, "assumed: half"),
     }
@@ -140,6 +145,7 @@ def _case(inputs: dict[str, Figure]) -> Case:
         store_usd_per_fetch=value["store_usd_per_fetch"],
         hours=value["hours"],
         input_usd=value["input_usd"],
+        write_usd=value["write_usd"],
         read_usd=value["read_usd"],
         publisher_share=value["publisher_share"],
     )
@@ -148,18 +154,9 @@ def _case(inputs: dict[str, Figure]) -> Case:
 def _computed(case: Case, subject: Subject, *, link_gbit: float) -> dict[str, Figure]:
     """What follows for any number of loads."""
     transfer = transfer_seconds(case.kv_bytes, link_gbit)
-    loads, rows = break_even_loads(case), subject.bench.rows if subject.bench else ()
-    if len(rows) < 2:
-        tokens, tokens_basis = nan, "unknown: it takes a bench run of two lengths"
-    else:
-        found = break_even_tokens(
-            [row.tokens for row in rows],
-            [row.scratch_seconds for row in rows],
-            [row.reuse_seconds for row in rows],
-            seconds_per_token=transfer / case.tokens,
-        )
-        tokens = inf if found is None else found
-        tokens_basis = f"computed: curves through the {len(rows)} lengths of the bench run, and the link"
+    loads = break_even_loads(case)
+    more = transfer + subject.decode_seconds
+    tokens, tokens_basis = _break_even_tokens(subject, seconds_per_token=more / case.tokens)
     return {
         "ratio": Figure(case.ratio, "computed: prefill_seconds / reuse_seconds"),
         "transfer_seconds": Figure(transfer, "computed: kv_bytes / link_gbit"),
@@ -169,6 +166,23 @@ def _computed(case: Case, subject: Subject, *, link_gbit: float) -> dict[str, Fi
         ),
         "break_even_tokens": Figure(tokens, tokens_basis),
     }
+
+
+def _break_even_tokens(subject: Subject, *, seconds_per_token: float) -> tuple[float, str]:
+    """The length from which fetching and reuse is faster, and what it is based on."""
+    rows = subject.bench.rows if subject.bench and subject.timed else ()
+    if len(rows) < 2:
+        return nan, "unknown: it takes times of a bench run, of two lengths"
+    found = break_even_tokens(
+        [row.tokens for row in rows],
+        [row.scratch_seconds for row in rows],
+        [row.reuse_seconds for row in rows],
+        seconds_per_token=seconds_per_token,
+    )
+    basis = f"computed: curves through the {len(rows)} lengths of the bench run, and the link"
+    if found is not None and found < rows[0].tokens:
+        basis += f", extrapolated below {rows[0].tokens} tokens"
+    return inf if found is None else found, basis
 
 
 def _tiers(subject: Subject, tariff: Tariff, prices: PriceTable) -> tuple[Tier, ...]:
@@ -184,15 +198,15 @@ def _tiers(subject: Subject, tariff: Tariff, prices: PriceTable) -> tuple[Tier, 
     return (*stores, *memories, *apis)
 
 
-def _caveat(subject: Subject, terms: Terms, prices: PriceTable) -> str | None:
-    """Where the GPU that is priced is not the machine that was measured."""
+def _caveats(subject: Subject, terms: Terms, prices: PriceTable, tariff: Tariff) -> Iterator[str]:
+    """Where a price was taken for want of another, and is not that of what was measured."""
     gpu = choose_price(prices.gpus, terms.gpu)
-    if subject.bench is None or terms.usd_per_hour is not None:
-        return None
-    machine = subject.bench.machine
-    if gpu.name.split()[0].casefold() in machine.casefold():
-        return None
-    return (
-        f"An hour is priced as that of {gpu.name}, but it was measured on {machine}: "
-        "give what that costs with --gpu-usd-per-hour."
-    )
+    if subject.bench is not None and terms.usd_per_hour is None and gpu in shipped_prices().gpus:
+        machine = subject.bench.machine
+        if gpu.name.split()[0].casefold() not in machine.casefold():
+            yield (
+                f"An hour is priced as that of {gpu.name}, but it was measured on {machine}: "
+                "give what that costs with --gpu-usd-per-hour."
+            )
+    if terms.tariff is None and tariff in shipped_prices().tariffs:
+        yield f"Users are taken to pay as for {tariff.name}, whatever the model: give a tariff with --tariff."

@@ -23,8 +23,8 @@ class Case:
     `prefill_usd` is one prefill, `ratio` prefill over reuse (load and first token), `loads` how many there are in all,
     `hours` how long the KV is kept for them, `usd_per_gb_hour` what keeping a gigabyte costs where it is hosted and
     `usd_per_fetch` one load from there; `store_usd_per_gb_hour` and `store_usd_per_fetch` the same where it is shipped
-    from. `input_usd` and `read_usd` are what users pay for a million tokens uncached and cached, `publisher_share` the
-    part of the margin that goes to the publisher.
+    from. `input_usd`, `write_usd` and `read_usd` are what users pay for a million tokens: uncached, cached for the
+    first time and cached; `publisher_share` is the part of the margin that goes to the publisher.
     """
 
     tokens: int
@@ -39,6 +39,7 @@ class Case:
     store_usd_per_fetch: float
     hours: float
     input_usd: float
+    write_usd: float
     read_usd: float
     publisher_share: float
 
@@ -69,7 +70,8 @@ class Costs:
 
     `prefill`: every load computes the document. `ship`: every load fetches the KV and reuses it. `ship_once`: it is
     fetched once and reused where it is. `host`: the provider keeps it and every load reuses it. Each of the last three
-    computes it once. `tariff` is what users pay for cached tokens, `uncached` what they would pay without; `margin` is
+    computes it once. `tariff` is what users pay for cached tokens, the first load at the price of a write, `uncached`
+    what they would pay without; `margin` is
     the tariff less hosting, and `publisher` and `provider` are its parts.
     """
 
@@ -94,7 +96,7 @@ def count_costs(case: Case) -> Costs:
     """What all loads cost."""
     once, reuse = case.prefill_usd, case.loads * case.reuse_usd
     host = once + reuse + case.residency_usd + case.loads * case.usd_per_fetch
-    tariff = case.loads * tokens_usd(case.tokens, case.read_usd)
+    tariff = tokens_usd(case.tokens, case.write_usd + (case.loads - 1) * case.read_usd)
     margin = tariff - host
     publisher = case.publisher_share * max(margin, 0.0)
     return Costs(

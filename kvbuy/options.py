@@ -71,3 +71,9 @@ ShareOption = Annotated[
     float | None, typer.Option("--publisher-share", min=0.0, max=1.0, help="Of the margin. [default: 0.5]")
 ]
 StartOption = Annotated[float, typer.Option("--agents", min=1, max=1e12, help="Where the slider of loads starts.")]
+RouteOption = Annotated[str | None, typer.Option("--egress", help="Who ships, from the table.")]
+KeepOption = Annotated[
+    str | None,
+    typer.Option("--keep", help="Where hosted KV stays, from the table. [default: what ships]"),
+]
+TariffOption = Annotated[str | None, typer.Option("--tariff", help="What users pay, from the table.")]

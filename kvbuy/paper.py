@@ -33,6 +33,7 @@ PAPER = Case(
     store_usd_per_fetch=0.0,
     hours=0.0,
     input_usd=PAPER_LIST_USD,
+    write_usd=PAPER_LIST_USD,
     read_usd=0.1 * PAPER_LIST_USD,
     publisher_share=0.0,
 )
@@ -53,7 +54,7 @@ def gpu_prefill_price(what: str, parameters: float, *, flops: float, usd_per_hou
     `what` names model and GPU, `flops` is what the GPU reaches in floating-point operations a second.
     """
     usd_per_token = gpu_usd(2 * parameters / flops, usd_per_hour)
-    gpu = f"{flops / 1e12:g} TFLOP/s at ${usd_per_hour:.2f} an hour"
+    gpu = f"{flops / 1e12:g} TFLOP/s (assumed) at ${usd_per_hour:.2f} an hour"
     basis = f"{what}: {parameters / 1e9:g} B parameters, 2 FLOP a parameter and token, {gpu}; attention left out"
     return PrefillPrice("GPU cost", usd_per_token * 1e6, basis)
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from kvbuy.economics import MILLION
 from kvbuy.errors import StoreError, UsageError
@@ -24,7 +24,7 @@ class Price(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
     date: Annotated[str, Field(pattern=r"^\d{4}-\d\d(-\d\d)?$")] | None
     source: Annotated[str, Field(min_length=1)]
     secondary: bool = False
@@ -49,9 +49,10 @@ class GpuPrice(Price):
 
 
 class EgressPrice(Price):
-    """Sending a gigabyte to the internet, first paid tier."""
+    """Sending a gigabyte to the internet, first paid tier, from the store called `storage` (None: its namesake)."""
 
     usd_per_gb: Usd
+    storage: str | None = None
 
 
 class StoragePrice(Price):
@@ -158,6 +159,11 @@ def choose_price(prices: tuple[N, ...], name: str | None) -> N:
     if (found := _find(prices, name)) is not None:
         return found
     raise UsageError(f"there is no price for {name!r}", hint="there are: " + ", ".join(price.name for price in prices))
+
+
+def choose_store(route: EgressPrice, stores: tuple[StoragePrice, ...]) -> StoragePrice:
+    """The store that a route ships from: the one it names or its namesake, the first where the table has neither."""
+    return _find(stores, route.storage or route.name) or stores[0]
 
 
 def choose_tariff(tariffs: tuple[Tariff, ...], name: str | None) -> Tariff:

@@ -86,6 +86,7 @@ def notes(found: Benchmark) -> Iterator[str]:
     yield (
         f"Seconds, medians of {found.repeats} (prefill: at most 3; cold: one): prefill in blocks and in a single pass, "
         f"load, first token of a {found.prompt_tokens}-token prompt, the same on a resident cache, a decode step. "
+        "The load is into buffers that were made ready before, as while weights load. "
         f"Reuse is load and first token; the ratio is the faster prefill over it. Codec {found.codec}, every digest "
         "computed and checked."
     )

@@ -60,7 +60,7 @@ def cost_json(found: "Estimate") -> Json:
         ],
         "tiers": [asdict(tier) for tier in found.tiers],
         "verdict": verdict(found.cases[-1]),
-        "caveat": found.caveat,
+        "caveats": list(found.caveats),
         "inputs": {name: asdict(figure) for name, figure in found.inputs.items()},
         "computed": {name: asdict(figure) for name, figure in found.computed.items()},
         "formulas": "kvbuy/economics.py",
@@ -78,8 +78,8 @@ def print_cost(found: "Estimate") -> None:
     console.print(tier_table(found))
     for line in (*cost_notes(found), "", verdict(found.cases[-1])):
         console.print(line)
-    if found.caveat is not None:
-        console.print(found.caveat)
+    for caveat in found.caveats:
+        console.print(caveat)
     console.print("")
     for line in basis_lines(found):
         console.print(line)
@@ -136,7 +136,9 @@ def cost_notes(found: "Estimate") -> list[str]:
     if math.isinf(tokens):
         notes.append("Fetched over the link, reuse is slower than prefill at every length.")
     elif not math.isnan(tokens):
-        notes.append(f"Fetched over the link, reuse is faster than prefill from {max(1, math.ceil(tokens))} tokens on.")
+        least = found.subject.bench.rows[0].tokens if found.subject.bench else 0
+        where = f"from {math.ceil(tokens)} tokens on" if tokens > least else "at every length that was measured"
+        notes.append(f"Fetched over the link, reuse is faster than prefill {where}.")
     return notes
 
 
@@ -162,9 +164,11 @@ def _change(case: Case, costs: Costs) -> str:
     below_prefill, below_hosting = shipping_beats_prefill_below(case), shipping_beats_hosting_below(case)
     match costs.cheapest:
         case "host":
-            shipping = f"below {dollars(below_hosting)} a GB shipping is"
-            if below_hosting < LOWEST_PRICE:
-                shipping = "no price of egress that anybody charges makes shipping so"
+            shipping = "only where egress is free does shipping cost as little"
+            if dollars(costs.ship) == dollars(costs.host):
+                shipping = "shipping from that store costs the same"
+            elif below_hosting >= LOWEST_PRICE:
+                shipping = f"below {dollars(below_hosting)} a GB shipping is"
             return f"Below {_loads(math.ceil(pays or 0))} prefill is cheaper; {shipping}."
         case "ship":
             return f"Above {dollars(min(below_prefill, below_hosting))} a GB it is not."
@@ -181,7 +185,8 @@ def _change(case: Case, costs: Costs) -> str:
 
 def paper_json(figures: "Sequence[PaperFigure]") -> Json:
     """`cost --paper --json`."""
-    return {"paper": "arXiv 2606.13361", "figures": [asdict(figure) for figure in figures]}
+    facts = [asdict(figure) for figure in figures]
+    return {"paper": "arXiv 2606.13361", "figures": facts, "gpu_cost_basis": GPU_PRICE.basis}
 
 
 def print_paper(figures: "Sequence[PaperFigure]") -> None:

@@ -43,12 +43,17 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A document's KV: how large it is, how long it takes to compute and to reuse, and the run that says so, if any."""
+    """A document's KV: how large it is, how long it takes to compute and to reuse, and the run that says so, if any.
+
+    `decode_seconds` are the part of reuse that another codec than the run's adds; `timed`: both times are the run's.
+    """
 
     tokens: Figure
     kv_bytes: Figure
     prefill_seconds: Figure
     reuse_seconds: Figure
+    decode_seconds: float
+    timed: bool
     bench: Benchmark | None
 
 
@@ -61,12 +66,19 @@ def find_subject(artifact: Artifact | None, bench: Benchmark | None, facts: Fact
     """
     refuse_odd_numbers(facts)
     _refuse_other_models(artifact, bench, facts.weights)
+    if facts.codec is not None and facts.bytes_per_token is not None:
+        raise UsageError("--codec and --bytes-per-token are two sizes for one thing", hint="give one of them")
     tokens = _tokens(artifact, bench, facts)
+    kv_bytes = _kv_bytes(artifact, bench, facts, tokens.value)
+    prefill = _prefill_seconds(bench, facts, tokens.value)
+    reuse, decode_seconds = _reuse_seconds(artifact, bench, facts, tokens.value)
     return Subject(
         tokens=tokens,
-        kv_bytes=_kv_bytes(artifact, bench, facts, tokens.value),
-        prefill_seconds=_prefill_seconds(bench, facts, tokens.value),
-        reuse_seconds=_reuse_seconds(artifact, bench, facts, tokens.value),
+        kv_bytes=kv_bytes,
+        prefill_seconds=prefill,
+        reuse_seconds=reuse,
+        decode_seconds=decode_seconds,
+        timed=facts.prefill_seconds is None and facts.reuse_seconds is None,
         bench=bench,
     )
 
@@ -117,7 +129,8 @@ def _kv_bytes(artifact: Artifact | None, bench: Benchmark | None, facts: Facts, 
     if facts.codec is not None:
         weighed = _weighed(facts.codec, facts.weights)
         size, measured = weighed.bytes, facts.weights.tokens if facts.weights else 0
-        return Figure(tokens * size / measured, f"measured: {facts.codec}{_scaled(measured, tokens)}")
+        beside = ", its pack beside it" if facts.codec == "dense" else ""
+        return Figure(tokens * size / measured, f"measured: {facts.codec}{_scaled(measured, tokens)}{beside}")
     if facts.bytes_per_token is not None:
         return Figure(tokens * facts.bytes_per_token, "given: --bytes-per-token")
     if artifact is not None:
@@ -152,15 +165,17 @@ def _prefill_seconds(bench: Benchmark | None, facts: Facts, tokens: float) -> Fi
     return _at(_timed(bench, "prefill"), tokens, lambda row: row.scratch_seconds)
 
 
-def _reuse_seconds(artifact: Artifact | None, bench: Benchmark | None, facts: Facts, tokens: float) -> Figure:
-    """As the run timed it; where that was raw and the KV is coded, with its decoding on one core on top."""
+def _reuse_seconds(
+    artifact: Artifact | None, bench: Benchmark | None, facts: Facts, tokens: float
+) -> tuple[Figure, float]:
+    """As the run timed it; where that was raw and the KV is coded, with its decoding on one core on top: both."""
     if facts.reuse_seconds is not None:
-        return Figure(facts.reuse_seconds, "given: --reuse-seconds")
+        return Figure(facts.reuse_seconds, "given: --reuse-seconds"), 0.0
     bench = _timed(bench, "reuse")
     timed = _at(bench, tokens, lambda row: row.reuse_seconds)
     codec = facts.codec or (artifact.manifest.codec_name if artifact else bench.codec)
     if codec == bench.codec:
-        return timed
+        return timed, 0.0
     if bench.codec != "raw" or facts.weights is None:
         raise UsageError(
             f"the bench run timed {bench.codec}, not {codec}",
@@ -168,7 +183,8 @@ def _reuse_seconds(artifact: Artifact | None, bench: Benchmark | None, facts: Fa
         )
     gbps = _weighed(codec, facts.weights).decode_gbps
     decoding = _at(bench, tokens, lambda row: row.kv_bytes).value / gbps / 1e9
-    return Figure(timed.value + decoding, f"{timed.basis}; and {codec} decoded on one core, {gbps:.2g} GB/s")
+    basis = f"{timed.basis}; and {codec} decoded on one core, {gbps:.2g} GB/s"
+    return Figure(timed.value + decoding, basis), decoding
 
 
 def _timed(bench: Benchmark | None, what: str) -> Benchmark:

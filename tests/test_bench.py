@@ -159,6 +159,8 @@ def test_a_text_is_cut_where_tokens_end(llama: Model) -> None:
     assert cut_text(llama, "abcdef", [2, 6]) == ["ab", "abcdef"]
     with pytest.raises(DocumentError, match="has 6 tokens, not 7"):
         cut_text(llama, "abcdef", [7])
+    with pytest.raises(DocumentError, match="cannot be cut at 3 tokens"):
+        cut_text(llama, "\u00e9" * 9, [3])
 
 
 def test_a_stopwatch_keeps_medians_and_spread() -> None:

@@ -13,8 +13,8 @@ from figures import FINGERPRINT, WEIGHTS, benchmark, row
 from kvbuy.artifact import Artifact
 from kvbuy.cost import Terms, estimate
 from kvbuy.errors import UsageError
-from kvbuy.figures import Benchmark
-from kvbuy.prices import shipped_prices
+from kvbuy.figures import Benchmark, Weights
+from kvbuy.prices import read_prices, shipped_prices
 from kvbuy.render_cost import cost_notes, count, quantity, verdict
 from kvbuy.subject import Facts, find_subject
 
@@ -115,11 +115,47 @@ def test_every_figure_says_its_basis(run: Run, bench_file: Path) -> None:
 
 
 def test_an_h100_s_price_for_another_machine_s_time_is_pointed_out(run: Run, bench_file: Path) -> None:
-    caveat = run("cost", "--bench", str(bench_file), "--json").json["caveat"]
-    assert caveat.startswith("An hour is priced as that of H100, but it was measured on cpu, x86_64, 2 threads")
-    assert run("cost", "--bench", str(bench_file), "--gpu-usd-per-hour", "1", "--json").json["caveat"] is None
+    hour, tariff = run("cost", "--bench", str(bench_file), "--json").json["caveats"]
+    assert hour.startswith("An hour is priced as that of H100, but it was measured on cpu, x86_64, 2 threads")
+    assert tariff.startswith("Users are taken to pay as for Claude Opus 5.5")
+    given = ("--gpu-usd-per-hour", "1", "--tariff", "gpt-6.1 sol", "--json")
+    assert run("cost", "--bench", str(bench_file), *given).json["caveats"] == []
     h100 = benchmark(machine="cuda, NVIDIA H100 80GB HBM3, 8 threads")
-    assert estimate(find_subject(None, h100, Facts()), Terms(), shipped_prices()).caveat is None
+    assert len(estimate(find_subject(None, h100, Facts()), Terms(), shipped_prices()).caveats) == 1
+
+
+def test_a_price_of_ones_own_is_taken_for_the_machine_s(tmp_path: Path) -> None:
+    own = {"name": "ours", "usd_per_hour": 0.1, "memory_gb": 24, "date": "2026-12", "source": "our contract"}
+    (tmp_path / "p.json").write_text(json.dumps({"version": 1, "gpus": [own]}))
+    found = estimate(find_subject(None, benchmark(), Facts()), Terms(), read_prices(tmp_path / "p.json"))
+    assert [caveat.split()[0] for caveat in found.caveats] == ["Users"]
+
+
+def test_a_route_ships_from_its_own_store_and_hosting_is_beside_it() -> None:
+    for route, month in (("AWS", 0.023), ("GCP premium", 0.02), ("Hugging Face", 0.012)):
+        found = estimate(find_subject(None, benchmark(), Facts()), Terms(egress=route), shipped_prices())
+        hourly = pytest.approx(month * 12 / 8766)
+        assert found.inputs["store_usd_per_gb_hour"].value == hourly
+        assert found.inputs["usd_per_gb_hour"].value == hourly
+
+
+def test_free_egress_costs_what_hosting_costs() -> None:
+    same = verdict_of(benchmark(), Terms(loads=(1000,), usd_per_hour=3600, egress="Hugging Face"))
+    assert "shipping from that store costs the same" in same
+
+
+def test_a_codec_s_decoding_moves_the_length_from_which_reuse_pays() -> None:
+    weights = Weights.model_validate(WEIGHTS)
+    raw = estimate(find_subject(None, benchmark(), Facts()), Terms(), shipped_prices()).computed["break_even_tokens"]
+    coded = find_subject(None, benchmark(), Facts(codec="fast", weights=weights))
+    slow = estimate(coded, Terms(), shipped_prices()).computed["break_even_tokens"]
+    assert slow.value > raw.value
+    assert raw.basis.endswith("extrapolated below 1000 tokens")
+
+
+def test_given_times_say_nothing_of_other_lengths() -> None:
+    subject = find_subject(None, benchmark(), Facts(prefill_seconds=0.001))
+    assert math.isnan(estimate(subject, Terms(), shipped_prices()).computed["break_even_tokens"].value)
 
 
 def test_given_figures_need_no_run(run: Run) -> None:
@@ -127,7 +163,7 @@ def test_given_figures_need_no_run(run: Run) -> None:
     found = run("cost", *GIVEN, *terms, "--hours", "0").json
     assert [total["loads"] for total in found["totals"]] == [1, 100]
     assert [total["cheapest"] for total in found["totals"]] == ["prefill", "host"]
-    ship = 1 + 100 * (0.1 + 0.1 + 0.36e-6)
+    ship = 1 + 100 * (0.1 + 0.1 + 0.4e-6)
     assert found["totals"][1]["usd"]["ship"] == pytest.approx(ship)
     assert found["totals"][1]["usd_per_load"]["ship"] == pytest.approx(ship / 100)
     assert values(found)["transfer_seconds"] == pytest.approx(1.6)
@@ -143,7 +179,8 @@ def test_a_codec_has_the_size_and_the_speed_that_were_measured(run: Run, bench_f
     scaled = run("cost", *options, "--tokens", "1000").json["inputs"]["kv_bytes"]["basis"]
     assert scaled == "measured: fast, scaled from 2000 tokens"
     assert "was not measured" in run("cost", *GIVEN[:2], "--measure", "measure.json", "--codec", "dense").err
-    assert "nothing says what fast makes" in run("cost", *GIVEN, "--codec", "fast").err
+    given = (*GIVEN[:2], *GIVEN[4:])
+    assert "nothing says what fast makes" in run("cost", *given, "--codec", "fast").err
 
 
 def test_a_run_of_one_codec_does_not_time_another(run: Run, bench_file: Path, tmp_path: Path) -> None:
@@ -173,6 +210,7 @@ def test_a_price_of_ones_own_replaces_the_table_s(run: Run, tmp_path: Path) -> N
     [
         (("--gpu", "H100", "--gpu-usd-per-hour", "3"), "two prices for one thing"),
         (("--egress", "AWS", "--usd-per-gb", "0.1"), "two prices for one thing"),
+        (("--codec", "fast"), "two sizes for one thing"),
         (("--agents", "2.5"), "part of a load"),
         (("--agents", "nan"), "less than"),
         (("--usd-per-gb", "nan"), "less than"),
@@ -264,7 +302,7 @@ def test_the_verdict_says_what_to_do_and_what_would_change_it() -> None:
     hosted = verdict_of(benchmark(), Terms(loads=(1000,), usd_per_hour=3600))
     assert hosted == (
         "Host: 1,000 loads cost $260.00 hosted, $10,000.00 prefilled, $260.18 shipped. "
-        "Below 2 loads prefill is cheaper; no price of egress that anybody charges makes shipping so."
+        "Below 2 loads prefill is cheaper; only where egress is free does shipping cost as little."
     )
     shipped = verdict_of(benchmark(), Terms(loads=(1000,), usd_per_hour=3600, usd_per_gb=0, keep="H100"))
     assert shipped.startswith("Ship: 1,000 loads cost $260.00 shipped, ")
@@ -283,7 +321,7 @@ def test_reuse_that_is_slower_is_told_so() -> None:
 
 def test_loads_at_one_place_are_shipped_once() -> None:
     once = verdict_of(benchmark(), Terms(loads=(1000,), usd_per_hour=3600, usd_per_gb=1e4, keep="H100", hours=1e6))
-    assert once.endswith("below $31.23 a GB shipping is. All at one place: $280.24, shipped once.")
+    assert once.endswith("below $31.22 a GB shipping is. All at one place: $280.26, shipped once.")
 
 
 def test_numbers_are_written_for_people() -> None:

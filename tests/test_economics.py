@@ -33,6 +33,7 @@ CASE = Case(
     store_usd_per_fetch=0.02,
     hours=4,
     input_usd=2000.0,
+    write_usd=300.0,
     read_usd=200.0,
     publisher_share=0.25,
 )
@@ -50,14 +51,14 @@ def test_every_way_is_counted_with_its_parts() -> None:
     assert costs.ship == pytest.approx(1 + 100 * (0.1 + 0.1 + 0.02) + 2 * 0.125 * 4)
     assert costs.ship_once == pytest.approx(1 + 100 * 0.1 + 0.1 + 0.02 + 2 * 0.125 * 4)
     assert costs.host == pytest.approx(1 + 100 * (0.1 + 0.01) + 2 * 0.25 * 4)
-    assert (costs.uncached, costs.tariff) == (200, 20)
-    assert costs.margin == pytest.approx(6)
-    assert (costs.publisher, costs.provider) == pytest.approx((1.5, 4.5))
+    assert (costs.uncached, costs.tariff) == pytest.approx((200, 0.3 + 99 * 0.2))
+    assert costs.margin == pytest.approx(6.1)
+    assert (costs.publisher, costs.provider) == pytest.approx((1.525, 4.575))
     assert costs.cheapest == "host"
 
 
 def test_a_publisher_pays_for_no_loss() -> None:
-    costs = count_costs(change(CASE, read_usd=0))
+    costs = count_costs(change(CASE, read_usd=0, write_usd=0))
     assert costs.publisher == 0
     assert costs.provider == costs.margin == -costs.host
 

@@ -42,7 +42,7 @@ def test_the_paper_s_money_is_a_list_price_and_a_gpu_s_stands_beside_it() -> Non
     assert LIST_PRICE.usd_per_million_tokens == pytest.approx(4.97, abs=0.005)
     assert tokens_usd(PAPER_TOKENS, GPU_PRICE.usd_per_million_tokens) == pytest.approx(4.2e-5, rel=0.01)
     assert FIGURES["one prefill"].at_gpu_cost == pytest.approx(4.2e-5, rel=0.01)
-    assert "4 B parameters, 2 FLOP a parameter and token, 500 TFLOP/s at $2.50 an hour" in GPU_PRICE.basis
+    assert "4 B parameters, 2 FLOP a parameter and token, 500 TFLOP/s (assumed) at $2.50 an hour" in GPU_PRICE.basis
 
 
 def test_every_figure_says_its_basis() -> None:

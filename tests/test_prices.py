@@ -24,6 +24,8 @@ def test_every_price_is_dated_and_has_a_source() -> None:
     assert len(prices) > 15
     assert all(price.date and price.date in price.basis and price.source in price.basis for price in prices)
     assert [price.name for price in table.egress if not price.secondary] == ["Cloudflare R2", "Hugging Face"]
+    stores = {price.name for price in table.storage}
+    assert all((route.storage or route.name) in stores for route in table.egress)
 
 
 def test_the_basis_says_what_was_read_at_second_hand() -> None:
@@ -61,6 +63,7 @@ def test_an_unknown_name_is_told_the_known_ones() -> None:
         ({"version": 1, "egress": [OWN | {"usd_per_gb": float("nan")}]}, "egress.0.usd_per_gb"),
         ({"version": 1, "egress": [OWN | {"date": "last week"}]}, "egress.0.date"),
         ({"version": 1, "egress": [OWN, OWN]}, "aws has two prices"),
+        ({"version": 1, "egress": [OWN | {"name": " "}]}, "egress.0.name"),
         ({"version": 1, "water": []}, "water"),
     ],
 )

@@ -14,7 +14,7 @@ from conftest import Run
 from figures import WEIGHTS, benchmark, row
 
 from kvbuy.cost import Estimate, Terms, estimate
-from kvbuy.economics import Case, count_costs
+from kvbuy.economics import Case, count_costs, gpu_usd
 from kvbuy.figures import Weights
 from kvbuy.prices import shipped_prices
 from kvbuy.render_cost import verdict
@@ -51,6 +51,9 @@ def test_the_page_says_everything_without_its_script() -> None:
     assert verdict(priced().cases[-1]) in page
     assert page.count("<svg ") == 3
     assert "assumed: half" in page
+    widths = [float(width) for width in re.findall(r'<span style="width:([\d.e-]+)%">', page)]
+    assert (len(widths), max(widths)) == (4, 100)
+    assert len(set(widths)) > 1
 
 
 def test_colours_are_the_page_s_own() -> None:
@@ -145,10 +148,14 @@ def test_sliders_reach_from_where_a_case_starts(browser_page: "Page") -> None:
     browser_page.reload()
     shown = [browser_page.inner_text(f"label[for={name}] output") for name in ("agents", "egress", "gpu", "ratio")]
     assert shown == ["1 M", "$0.0900", "$10.00", "40.0x"]
+    set_slider(browser_page, "gpu", 5)
+    set_slider(browser_page, "ratio", 1)
+    wanted = replace(priced().cases[-1], prefill_usd=gpu_usd(10.0, 5), ratio=10.0)
+    assert browser_page.inner_text("#verdict") == verdict(wanted)
     for name in ("gpu", "agents", "egress"):
         set_slider(browser_page, name, 0)
     words = browser_page.inner_text("#verdict")
-    assert words == verdict(replace(priced().cases[-1], loads=1, usd_per_gb=0, prefill_usd=0))
+    assert words == verdict(replace(wanted, loads=1, usd_per_gb=0, prefill_usd=0))
 
 
 def test_a_case_beyond_the_sliders_usual_ends_still_fits_them() -> None:
@@ -189,6 +196,7 @@ def draw_case(seed: int) -> Case:
         store_usd_per_fetch=random.choice([0.0, between(1e-7, 1e-4)]),
         hours=between(0.1, 1000),
         input_usd=between(0.1, 20),
+        write_usd=between(0.1, 20),
         read_usd=between(0.01, 2),
         publisher_share=random.random(),
     )
@@ -202,5 +210,7 @@ def test_the_page_fits_a_telephone_and_prints(browser_page: "Page") -> None:
     browser_page.emulate_media(media="print")
     assert browser_page.evaluate("getComputedStyle(document.querySelector('.controls input')).display") == "none"
     assert browser_page.inner_text("label[for=agents] output") == "1 M"
+    adjusted = "getComputedStyle(document.querySelector('td.bar span')).printColorAdjust"
+    assert browser_page.evaluate(adjusted) == "exact"
     assert len(browser_page.pdf()) > 10_000
     browser_page.emulate_media(media="screen")

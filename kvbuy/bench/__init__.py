@@ -123,7 +123,7 @@ def cut_text(model: Model, text: str, lengths: Sequence[int]) -> list[str]:
     """The text's beginnings of so many tokens each, cut where a token ends.
 
     Raises:
-        DocumentError: it has fewer tokens than that.
+        DocumentError: it has fewer tokens than that, or a token ends inside a letter there.
         ModelError: its tokenizer is a slow one, which knows no places in a text.
     """
     try:
@@ -134,7 +134,14 @@ def cut_text(model: Model, text: str, lengths: Sequence[int]) -> list[str]:
         raise DocumentError(
             f"the text has {len(ends)} tokens, not {max(lengths)}", hint="name a longer one, or give --lengths"
         )
-    return [text[: ends[length - 1]] for length in lengths]
+    texts = [text[: ends[length - 1]] for length in lengths]
+    for length, beginning in zip(lengths, texts, strict=True):
+        if (found := len(model.tokenizer(beginning)["input_ids"])) != length:
+            raise DocumentError(
+                f"the text cannot be cut at {length} tokens: its beginning has {found} when it stands alone",
+                hint=f"take another length: --lengths {found}",
+            )
+    return texts
 
 
 def _measure_baselines(model: Model, artifact: Artifact, prompt: Sequence[int], row: Row, plan: Plan) -> Found:

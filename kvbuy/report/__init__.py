@@ -144,9 +144,10 @@ def _codec_row(codec: CodecRatio) -> tuple[str, ...]:
 
 def _cost_sections(found: Estimate) -> Iterator[str]:
     case, costs = found.cases[-1], found.costs[-1]
+    most = max(getattr(costs, way) for way in COMPARED) or 1.0
     rows = "\n".join(
         f'<tr data-way="{way}"><td>{escape(WAYS[way])}</td><td class="usd">{dollars(getattr(costs, way))}</td>'
-        '<td class="bar"><span></span></td></tr>'
+        f'<td class="bar"><span style="width:{100 * getattr(costs, way) / most:.4g}%"></span></td></tr>'
         for way in COMPARED
     )
     sums = "\n".join(
@@ -158,9 +159,9 @@ def _cost_sections(found: Estimate) -> Iterator[str]:
     tiers = [(tier.name, dollars(tier.usd_per_hour), tier.basis) for tier in found.tiers]
     yield _section(
         "What it costs: prefill, ship or host",
-        f"<p>{escape(' '.join(cost_notes(found)))}</p>",
+        f"<p>As measured: {escape(' '.join(cost_notes(found)))}</p>",
         f'<p class="verdict" id="verdict" aria-live="polite">{escape(verdict(case))}</p>',
-        f'<p class="note">{escape(found.caveat)}</p>' if found.caveat else "",
+        *(f'<p class="note">{escape(caveat)}</p>' for caveat in found.caveats),
         _controls(found),
         _captioned("What all loads cost, in US dollars", rows),
         _captioned("What users pay, and what that leaves over hosting", sums),

@@ -12,7 +12,7 @@ const storeUsd = (c) => (c.kv_bytes / GB) * c.store_usd_per_gb_hour * c.hours;
 function countCosts(c) {
   const reuse = c.loads * reuseUsd(c);
   const host = c.prefill_usd + reuse + residencyUsd(c) + c.loads * c.usd_per_fetch;
-  const tariff = c.loads * (c.tokens / MILLION) * c.read_usd;
+  const tariff = (c.tokens / MILLION) * (c.write_usd + (c.loads - 1) * c.read_usd);
   const margin = tariff - host;
   const publisher = c.publisher_share * Math.max(margin, 0);
   return {
@@ -71,9 +71,11 @@ function change(c, costs) {
   const belowPrefill = shippingBeatsPrefillBelow(c), belowHosting = shippingBeatsHostingBelow(c);
   switch (cheapest(costs)) {
     case "host": {
-      const shipping = belowHosting >= LOWEST_PRICE
-        ? `below ${dollars(belowHosting)} a GB shipping is`
-        : "no price of egress that anybody charges makes shipping so";
+      const shipping = dollars(costs.ship) === dollars(costs.host)
+        ? "shipping from that store costs the same"
+        : belowHosting >= LOWEST_PRICE
+          ? `below ${dollars(belowHosting)} a GB shipping is`
+          : "only where egress is free does shipping cost as little";
       return `Below ${loads(Math.ceil(pays))} prefill is cheaper; ${shipping}.`;
     }
     case "ship":
