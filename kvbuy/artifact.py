@@ -68,7 +68,7 @@ class Artifact:
             raise StoreError(f"there is no artifact {path}", hint="make one: kvbuy precompute doc.txt") from None
         except OSError as error:
             raise StoreError(f"cannot read {path}: {error.strerror}") from error
-        manifest = parse_manifest(_manifest_bytes(header))
+        manifest = read_manifest(header)
         too_few = len(header) < manifest.count_tensors() * MIN_ENTRY  # looked at before a long header is built
         if too_few or manifest.header() != header:
             raise DamagedError("the file's header is not the one its manifest implies")
@@ -181,10 +181,14 @@ def _read_header(file: BinaryIO) -> bytes:
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or not 2 <= length <= MAX_HEADER:
         raise DamagedError("this is not a safetensors file: its header length makes no sense")
-    body = file.read(length)
-    if len(body) < length:
+    if 8 + length > os.fstat(file.fileno()).st_size:  # before that much memory is taken
         raise DamagedError("the file is cut off inside its header", hint="fetch it again")
-    return prefix + body
+    return prefix + file.read(length)
+
+
+def read_manifest(header: bytes) -> Manifest:
+    """The manifest of a file's header, by the format law (DamagedError); the rest of the header is not looked at."""
+    return parse_manifest(_manifest_bytes(header))
 
 
 def _manifest_bytes(header: bytes) -> bytes:

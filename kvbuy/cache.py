@@ -5,7 +5,7 @@ into them, decoding appends in place. Sliding-window and recurrent layers stay t
 Any other kind is refused by name. It does not know files' bytes, prompts or sampling.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -195,6 +195,14 @@ def block_digest(cache: Cache, start: int, end: int) -> str:
 def block_arrays(cache: Cache, start: int, end: int) -> list[Array]:
     """Tokens [start, end) of the cache's full-attention layers, [heads, rows, dim] each, in file order."""
     return [_array(buffer[0, :, start:end]) for layer in _full_layers(cache) for buffer in layer.buffers()]
+
+
+def fill_rows(cache: Cache, arrays: Sequence[Array], start: int) -> None:
+    """Write the full-attention layers' rows from `start` on: arrays [heads, rows, dim] in file order."""
+    buffers = (buffer for layer in _full_layers(cache) for buffer in layer.buffers())
+    for array, buffer in zip(arrays, buffers, strict=True):
+        rows = torch.from_numpy(array).view(buffer.dtype)
+        buffer[0, :, start : start + rows.shape[1]] = rows
 
 
 def full_rows(cache: Cache) -> Iterator[torch.Tensor]:

@@ -11,6 +11,8 @@ import typer
 
 from kvbuy.cli_pack import app as pack_app
 from kvbuy.cli_pack import offer_pack
+from kvbuy.cli_store import app as store_app
+from kvbuy.cli_trust import audit, keys_app, pull, push, sign
 from kvbuy.cli_worth import bench, cost, measure, report
 from kvbuy.options import (
     AdapterOption,
@@ -23,6 +25,7 @@ from kvbuy.options import (
     JsonOption,
     KvOption,
     ModelOption,
+    RequireOption,
     ReuseMode,
     ReuseOption,
     SeedOption,
@@ -34,6 +37,7 @@ from kvbuy.options import (
 
 if TYPE_CHECKING:
     from kvbuy.reuse import Conversation
+    from kvbuy.sign import Signer
 
 app = typer.Typer(
     help="A document's KV cache, computed once, verified, and loaded instead of prefilled.",
@@ -85,7 +89,7 @@ def precompute(
     from kvbuy.artifact import refuse_unwritable
     from kvbuy.document import read_document
     from kvbuy.manifest import refuse_block_size
-    from kvbuy.store import name_artifacts
+    from kvbuy.places import name_artifacts
 
     refuse_block_size(block_size)
     paths = name_artifacts(documents, out)
@@ -135,8 +139,8 @@ def convert(
     Example: kvbuy convert doc.kv.safetensors --codec fast
     """
     from kvbuy import render
+    from kvbuy.places import find_artifact, refuse_name
     from kvbuy.recode import convert
-    from kvbuy.store import find_artifact, refuse_name
 
     if out is not None:
         refuse_name(out)
@@ -163,6 +167,7 @@ def generate(
     top_p: TopPOption = 1.0,
     seed: SeedOption = 0,
     stop: StopOption = None,
+    require_signature: RequireOption = False,
     json: JsonOption = False,
 ) -> None:
     """Answer prompts without prefilling the document.
@@ -171,9 +176,11 @@ def generate(
     """
     from kvbuy import render
     from kvbuy.document import read_prompt
+    from kvbuy.render_trust import signer_json
 
     texts = [read_prompt(prompt) for prompt in prompts]
-    conversation = _open(kv, model, adapter, device, reuse, room=max_new_tokens, quiet=json)
+    path, signers = _choose(kv, require_signature, quiet=json)
+    conversation = _open(path, model, adapter, device, reuse, room=max_new_tokens, quiet=json)
 
     from kvbuy.decode import Sampling
 
@@ -196,7 +203,8 @@ def generate(
             render.say(render.generation_line(answer))
     if json:
         objects = [{"prompt": text} | render.generation_json(one) for text, one in zip(texts, answers, strict=True)]
-        render.print_json(objects[0] if len(objects) == 1 else {"answers": objects})
+        signed = {"signatures": signer_json(signers)}
+        render.print_json((objects[0] if len(objects) == 1 else {"answers": objects}) | signed)
 
 
 @app.command()
@@ -211,6 +219,7 @@ def chat(
     top_p: TopPOption = 1.0,
     seed: SeedOption = 0,
     stop: StopOption = None,
+    require_signature: RequireOption = False,
 ) -> None:
     """Ask follow-up questions over one load.
 
@@ -219,7 +228,8 @@ def chat(
     from kvbuy import render
     from kvbuy.errors import DocumentError
 
-    conversation = _open(kv, model, adapter, device, reuse, room=max_new_tokens)
+    path, _ = _choose(kv, require_signature)
+    conversation = _open(path, model, adapter, device, reuse, room=max_new_tokens)
 
     from kvbuy.decode import Sampling
 
@@ -250,6 +260,10 @@ def verify(
     max_new_tokens: TokensOption = 24,
     quick: Annotated[bool, typer.Option("--quick", help="Intact, fits and the receipt; no prefill.")] = False,
     allow_inexact: Annotated[bool, typer.Option("--allow-inexact", help="Exit 0 for the verdict inexact.")] = False,
+    require_signature: RequireOption = False,
+    openssf: Annotated[
+        Path | None, typer.Option("--openssf", help="PEM key that its OpenSSF bundle must be of.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Check that an artifact is intact, fits, is exact.
@@ -257,11 +271,13 @@ def verify(
     A prefill from scratch runs in a fresh process; the drift from one single pass is measured. Example: kvbuy verify
     """
     from kvbuy import render
-    from kvbuy.store import find_artifact
+    from kvbuy.render_trust import signer_json
 
-    path = find_artifact(artifact)
-    if artifact is None and not json:
-        render.say(f"artifact: {path}")
+    path, signers = _choose(artifact, require_signature, quiet=json)
+    if openssf is not None:
+        from kvbuy.openssf import verify_openssf
+
+        verify_openssf(path, openssf)
 
     from kvbuy.replay import verify
 
@@ -278,14 +294,30 @@ def verify(
             progress=progress,
         )
     if json:
-        render.print_json(render.verdict_json(verdict))
+        render.print_json(render.verdict_json(verdict) | {"signatures": signer_json(signers)})
     else:
         render.print_table(render.verdict_table(verdict))
     raise typer.Exit(0 if allow_inexact and verdict.name == "inexact" else verdict.exit_code)
 
 
+def _choose(name: str | None, require_signature: bool, *, quiet: bool = False) -> "tuple[Path, tuple[Signer, ...]]":
+    """An artifact, and who signed it."""
+    from kvbuy import render
+    from kvbuy.places import find_artifact
+    from kvbuy.render_trust import signer_words
+    from kvbuy.sign import check_signers
+
+    path = find_artifact(name)
+    if name is None and not quiet:
+        render.say(f"artifact: {path}")
+    signers = check_signers(path, required=require_signature)
+    if signers and not quiet:
+        render.say(signer_words(signers))
+    return path, signers
+
+
 def _open(
-    kv: Path | None,
+    path: Path,
     model: str | None,
     adapter: str | None,
     device: str | None,
@@ -297,12 +329,10 @@ def _open(
     """Load an artifact and its model for questions."""
     from kvbuy import render
     from kvbuy.artifact import Artifact
-    from kvbuy.store import find_artifact, refuse_missing_pack
+    from kvbuy.places import refuse_missing_pack
 
-    artifact = Artifact.open(find_artifact(kv))
+    artifact = Artifact.open(path)
     refuse_missing_pack(artifact.manifest.codec)
-    if kv is None and not quiet:
-        render.say(f"artifact: {artifact.path}")
     if reuse is ReuseMode.ALIGN and len(artifact.manifest.blocks) == 1 and not quiet:
         render.say("note: the document has no block before its last one; aligned reuse saves little or nothing")
 
@@ -321,7 +351,7 @@ def inspect(artifact: ArtifactArgument = None, json: JsonOption = False) -> None
     """
     from kvbuy import render
     from kvbuy.artifact import Artifact
-    from kvbuy.store import find_artifact
+    from kvbuy.places import find_artifact
 
     opened = Artifact.open(find_artifact(artifact))
     if json:
@@ -330,9 +360,10 @@ def inspect(artifact: ArtifactArgument = None, json: JsonOption = False) -> None
         render.print_table(render.inspect_table(opened))
 
 
-for _verb in (measure, bench, cost, report):
+for _verb in (measure, bench, cost, report, sign, audit, push, pull):
     app.command()(_verb)
-app.add_typer(pack_app, name="pack")
+for _group, _name in ((keys_app, "keys"), (store_app, "store"), (pack_app, "pack")):
+    app.add_typer(_group, name=_name)
 
 
 def main() -> None:

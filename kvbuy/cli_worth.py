@@ -56,7 +56,7 @@ def measure(
     from kvbuy import render, render_measure
     from kvbuy.artifact import Artifact
     from kvbuy.measure import measure
-    from kvbuy.store import find_artifact
+    from kvbuy.places import find_artifact
 
     opened = Artifact.open(find_artifact(artifact))
     if artifact is None and not json:

@@ -8,7 +8,8 @@
     +-- StoreError             exit 1   a file cannot be found, read or written
     |   +-- ExistsError        exit 1   it is there already
     |   +-- PackError          exit 1   the pack that decodes an artifact is not here
-    +-- DamagedError           exit 3   the artifact breaks the format law or a digest
+    +-- DamagedError           exit 3   the artifact breaks the format law, a digest or a signature
+    +-- UntrustedError         exit 3   nobody whom this machine trusts has signed it
     +-- MisfitError            exit 4   the artifact belongs to another model
 
 Expected outcomes are not here: verification returns a value (`kvbuy.verdict`). Only `kvbuy.cli.main` catches.
@@ -70,6 +71,12 @@ class PackError(StoreError):
 
 class DamagedError(KvbuyError):
     """The artifact breaks the format law, or its bytes do not match their digest."""
+
+    exit_code = 3
+
+
+class UntrustedError(KvbuyError):
+    """A signature was asked for, and nobody whom this machine trusts has signed the artifact."""
 
     exit_code = 3
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from kvbuy.errors import ModelError
 from kvbuy.manifest import Fingerprint, FloatType, Profile
-from kvbuy.store import cache_folder
+from kvbuy.places import cache_folder
 
 # Labels inside config.json: they change when a folder is saved or renamed, and change no value.
 CONFIG_LABELS = {"_name_or_path", "_model_name_or_path", "transformers_version", "_commit_hash", "dtype", "torch_dtype"}

@@ -35,8 +35,10 @@ AdapterOption = Annotated[str | None, typer.Option("--adapter", help="PEFT adapt
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cuda, mps or cpu. [default: the first there is]")]
 DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="[default: the model's own]")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-KvOption = Annotated[Path | None, typer.Option("--kv", help="Artifact. [default: the newest here]")]
-ArtifactArgument = Annotated[Path | None, typer.Argument(metavar="[ARTIFACT]", help="[default: the newest here]")]
+KvOption = Annotated[str | None, typer.Option("--kv", help="Artifact, or hf://USER/NAME. [default: the newest here]")]
+ArtifactArgument = Annotated[
+    str | None, typer.Argument(metavar="[ARTIFACT]", help="File, or hf://USER/NAME. [default: the newest here]")
+]
 ReuseOption = Annotated[ReuseMode, typer.Option("--reuse", help="continue: fastest. align: as one single pass.")]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")]
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
@@ -53,6 +55,9 @@ GpuHourOption = Annotated[
     float | None, typer.Option("--gpu-usd-per-hour", min=0.0, max=1e6, help="What the machine costs that was measured.")
 ]
 EgressOption = Annotated[float | None, typer.Option("--usd-per-gb", min=0.0, max=1e6, help="Price of egress.")]
+RequireOption = Annotated[
+    bool, typer.Option("--require-signature", help="Refuse what nobody whom you trust has signed.")
+]
 PricesOption = Annotated[Path | None, typer.Option("--prices", help="JSON file of prices that go first.")]
 BlockSizeOption = Annotated[int, typer.Option("--block-size", help="Tokens a block; a multiple of 16.")]
 CodecOption = Annotated[CodecChoice, typer.Option("--codec", help="Lossless: raw, fast or dense.")]

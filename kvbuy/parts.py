@@ -5,6 +5,7 @@ It knows no rule that ties one part to another: that is `kvbuy.manifest`.
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -16,7 +17,8 @@ DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "U8": 1}
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\Z")]
 UNSEEN = r"\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff"  # what a terminal must not be sent
 Label = Annotated[str, Field(min_length=1, max_length=200, pattern=rf"^[^{UNSEEN}]*\Z")]
-FileName = Annotated[str, Field(min_length=1, max_length=200, pattern=rf"^[^{UNSEEN}/\\:]+\Z")]
+FILE_NAME = re.compile(rf"^[^{UNSEEN}/\\:]{{1,200}}\Z")
+FileName = Annotated[str, Field(pattern=FILE_NAME.pattern)]
 FloatType = Literal["F32", "F16", "BF16"]
 Count = Annotated[int, Field(ge=0, lt=2**48)]
 Positive = Annotated[int, Field(ge=1, lt=2**48)]

@@ -67,9 +67,10 @@ class Reader:
 
     def load_blocks(self) -> Iterator[list[Array]]:
         """All blocks' arrays in order, read ahead on threads (errors: `read_block`)."""
-        return in_order(self._load_block, range(len(self.artifact.manifest.blocks)))
+        return in_order(self.load_block, range(len(self.artifact.manifest.blocks)))
 
-    def _load_block(self, index: int) -> list[Array]:
+    def load_block(self, index: int) -> list[Array]:
+        """A block's arrays, freshly allocated (errors: `read_block`)."""
         with self.in_turn():
             start, end = self.artifact.manifest.block_span(index)
             tensors = shaped_block(bytearray(end - start), self.artifact.manifest.block_tensors(index))

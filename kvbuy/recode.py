@@ -8,8 +8,8 @@ from kvbuy.artifact import Artifact, refuse_unwritable
 from kvbuy.codec import plan_codec
 from kvbuy.errors import UsageError
 from kvbuy.parts import CodecName
+from kvbuy.places import name_converted
 from kvbuy.reader import Reader, load_state
-from kvbuy.store import name_converted
 from kvbuy.writer import write_contents
 
 

@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, assert_never
 
 from kvbuy.parts import Codec, DenseCodec
-from kvbuy.store import pack_path
+from kvbuy.places import pack_path
 from kvbuy.verdict import Damaged, Drift, Exact, Exactness, Inexact, Misfit, Replayed, Verdict, Wrong
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from kvbuy.errors import KvbuyError, ModelError
 from kvbuy.hub import fetch_model
 from kvbuy.manifest import ModelLabel, as_label
-from kvbuy.store import cache_folder
+from kvbuy.places import cache_folder
 
 LARGE_DEFAULT = "Qwen/Qwen3-4B"  # the paper's model
 LARGE_ROOM = 12 * 2**30  # weights 8 GB, KV of a long document, working space

@@ -9,6 +9,8 @@ from typing import BinaryIO
 
 from kvbuy.errors import StoreError
 
+TEMPORARY = ".kvbuy-"  # how a file's name begins that is not whole yet
+
 
 @contextmanager
 def write_whole(path: Path, *, last_check: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
@@ -19,7 +21,7 @@ def write_whole(path: Path, *, last_check: Callable[[], None] = lambda: None) ->
     Raises:
         StoreError: the file cannot be written (no space, no permission); nothing is left behind.
     """
-    temporary = path.with_name(f".kvbuy-{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
             yield file

@@ -23,7 +23,15 @@ LIGHT = [
     "codec",
     "artifact",
     "fingerprint",
-    "store",
+    "places",
+    "keys",
+    "sign",
+    "subject",
+    "cli_trust",
+    "cli_store",
+    "render_trust",
+    "render_store",
+    "openssf",
     "verdict",
     "hub",
     "render",
@@ -91,6 +99,14 @@ def test_inspect_imports_nothing_heavy(flags: list[str], tmp_path: Path) -> None
 def test_convert_imports_no_torch(tmp_path: Path) -> None:
     artifact = write_artifact(tmp_path / "doc.kv.safetensors", *handmade())
     assert heavy_after(COMMAND, "convert", str(artifact.path)) == ["numpy"]
+
+
+@pytest.mark.parametrize("verb", [["put"], ["ls"], ["check"], ["gc"]], ids=" ".join)
+def test_the_store_imports_no_torch(verb: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVBUY_STORE", str(tmp_path / "store"))
+    artifact = write_artifact(tmp_path / "doc.kv.safetensors", *handmade())
+    rest = [str(artifact.path)] if verb == ["put"] else []
+    assert heavy_after(COMMAND, "store", *verb, *rest) == ["numpy"]
 
 
 def test_pack_ls_imports_no_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

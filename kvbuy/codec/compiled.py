@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 import numba
 
-from kvbuy.store import cache_folder
+from kvbuy.places import cache_folder
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -10,7 +10,7 @@ from kvbuy.codec import Coder
 from kvbuy.codec.pack import LONGEST, Pack, find_pack, find_pack_for
 from kvbuy.errors import DamagedError, PackError, UsageError, refuse_without
 from kvbuy.manifest import Fingerprint, FullLayer, Manifest
-from kvbuy.store import refuse_missing_pack
+from kvbuy.places import refuse_missing_pack
 
 keep_pack = lru_cache(maxsize=1)(find_pack)  # a pack is named by its digest: what was read once stays right
 

@@ -39,7 +39,7 @@ from safetensors.numpy import load, save
 
 from kvbuy.errors import DamagedError, PackError, StoreError, UsageError
 from kvbuy.parts import Digest, FloatType, Label, Part
-from kvbuy.store import PACK_SUFFIX, pack_folder, pack_path
+from kvbuy.places import PACK_SUFFIX, pack_folder, pack_path
 from kvbuy.whole import write_whole
 
 KEY = "kvbuy_pack"

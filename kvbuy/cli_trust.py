@@ -1,0 +1,262 @@
+"""The command line of trust: `kvbuy sign`, `audit`, `push`, `pull`, and the group `keys`, a short recipe each."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvbuy.options import (
+    AdapterOption,
+    ArtifactArgument,
+    DeviceOption,
+    ForceOption,
+    JsonOption,
+    ModelOption,
+    RequireOption,
+)
+
+if TYPE_CHECKING:
+    from kvbuy.pull import Pulled
+    from kvbuy.sign import Signer
+
+KeyArgument = Annotated[str, typer.Argument(metavar="KEY", help="How its id begins.")]
+RepoArgument = Annotated[str, typer.Argument(metavar="REPO", help="USER/NAME[@REVISION][/ARTIFACT] on the Hub.")]
+
+keys_app = typer.Typer(help="Keys: who may sign, and whom you trust.", no_args_is_help=True, rich_markup_mode=None)
+
+
+def sign(
+    artifact: ArtifactArgument = None,
+    key: Annotated[str | None, typer.Option("--key", help="Id or owner. [default: your newest]")] = None,
+    openssf: Annotated[
+        Path | None, typer.Option("--openssf", help="Write an OpenSSF bundle with this PEM key instead.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Sign an artifact: its manifest, which holds every digest.
+
+    The signatures lie beside it, in NAME.kv.sig.json. Example: kvbuy sign
+    """
+    from kvbuy import render
+    from kvbuy.artifact import Artifact
+    from kvbuy.keys import KeyRing
+    from kvbuy.places import find_artifact
+    from kvbuy.reader import check_contents
+    from kvbuy.sign import sign_artifact
+
+    opened = Artifact.open(find_artifact(artifact))
+    if openssf is not None:
+        from kvbuy.openssf import sign_openssf
+
+        check_contents(opened)
+        bundle = sign_openssf(opened.path, openssf)
+        render.print_json({"bundle": str(bundle), "artifact": opened.id}) if json else print(bundle)
+        return
+    own = KeyRing.here().choose(key)
+    check_contents(opened)
+    path = sign_artifact(opened, own)
+    if json:
+        render.print_json({"signatures": str(path), "artifact": opened.id, "key": own.key.id, "owner": own.key.owner})
+    else:
+        print(path)
+
+
+def audit(
+    artifact: ArtifactArgument = None,
+    blocks: Annotated[int, typer.Option("--blocks", min=1, help="How many to compute again.")] = 1,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Chooses them. [default: at random]")
+    ] = None,
+    replay: Annotated[Path | None, typer.Option("--replay", help="Run this evidence again.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="This one, of another profile, is honest: measure how far it is off.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Evidence file. [default: ARTIFACT.audit.json]")] = None,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    device: DeviceOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Compute a few blocks again: is it really that document's KV?
+
+    Exit 3 unless it is. Example: kvbuy audit --blocks 2
+    """
+    from kvbuy import render, render_trust
+    from kvbuy.artifact import Artifact
+    from kvbuy.evidence import read_evidence, write_evidence
+    from kvbuy.places import find_artifact
+
+    opened = Artifact.open(find_artifact(artifact))
+    given = None if replay is None else read_evidence(replay)
+    if given is not None:
+        render_trust.refuse_other_artifact(given, opened)
+
+    from kvbuy.audit import audit, choose_seed
+    from kvbuy.audit import calibrate as measure_envelope
+    from kvbuy.models import find_model_for
+
+    loaded = find_model_for(opened.manifest, model, adapter=adapter, say=render.say).load(device)
+    with render.token_progress("blocks") as progress:
+        if calibrate:
+            envelope, path = measure_envelope(opened, loaded, progress=progress)
+            render_trust.show_envelope(envelope, path, as_json=json)
+            return
+        count = blocks if given is None else len(given.blocks)
+        chosen = choose_seed(seed) if given is None else given.seed
+        found = audit(opened, loaded, blocks=count, seed=chosen, progress=progress)
+    where = out or opened.path.with_name(f"{opened.path.name}.audit.json")
+    if given is None or out is not None:
+        write_evidence(where, found)
+    raise typer.Exit(render_trust.show_evidence(found, given, None if given and not out else where, as_json=json))
+
+
+def push(
+    artifact: Annotated[Path, typer.Argument(help="What to publish.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="USER/NAME on the Hub; made where it is missing.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+    gated: Annotated[bool, typer.Option("--gated", help="Who downloads it accepts terms first.")] = False,
+    license: Annotated[str | None, typer.Option("--license", help="The document's, as the Hub knows it.")] = None,
+    model_license: Annotated[str | None, typer.Option("--model-license", help="The model's.")] = None,
+    base_model: Annotated[str | None, typer.Option("--base-model", help="Its Hub id. [default: the label]")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Publish an artifact on the Hub, with a card and its signatures.
+
+    Whoever has it can read the document. Example: kvbuy push doc.kv.safetensors me/my-documents
+    """
+    from kvbuy import render
+    from kvbuy.artifact import Artifact
+    from kvbuy.publish import Terms, push_artifact
+
+    terms = Terms(
+        private=private,
+        gated=gated,
+        document_license=license,
+        model_license=model_license,
+        base_model=base_model,
+    )
+    pushed = push_artifact(Artifact.open(artifact), repo, terms)
+    if json:
+        render.print_json({"url": pushed.url, "files": list(pushed.files), "signed": pushed.signed})
+    else:
+        print(pushed.url)
+
+
+def pull(
+    repo: RepoArgument,
+    out: Annotated[Path, typer.Option("--out", help="Folder.")] = Path(),
+    blocks: Annotated[str | None, typer.Option("--blocks", help="Only these, as FROM:TO, into a .part file.")] = None,
+    require_signature: RequireOption = False,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Fetch artifacts from the Hub, every block checked.
+
+    Example: kvbuy pull someone/their-documents
+    """
+    from kvbuy import render, render_trust
+    from kvbuy.artifact import Artifact
+    from kvbuy.hub import parse_address
+    from kvbuy.keys import KeyRing
+    from kvbuy.pull import find_remote, parse_blocks, pull_artifact, pull_blocks
+    from kvbuy.sign import find_signers
+
+    wanted = parse_blocks(blocks)
+    pinned, names = find_remote(parse_address(repo))
+    out.mkdir(parents=True, exist_ok=True)
+    found: list[tuple[Pulled, tuple[Signer, ...]]] = []
+    with render.token_progress("blocks") as progress:
+        for name in names:
+            if wanted is not None:
+                found.append((pull_blocks(pinned, name, out / name, wanted, progress=progress), ()))
+                continue
+            ring = KeyRing.here() if require_signature else None
+            pulled = pull_artifact(pinned, name, out / name, force=force, ring=ring)
+            found.append((pulled, find_signers(Artifact.open(pulled.path), KeyRing.here())))
+    render_trust.show_pulled(found, as_json=json)
+
+
+@keys_app.command("new")
+def new_key(
+    owner: Annotated[str, typer.Option("--owner", help="Who you are, to others.")],
+    days: Annotated[int, typer.Option("--days", min=1, max=36500, help="Until it expires.")] = 730,
+    rotate: Annotated[str | None, typer.Option("--rotate", help="Your key whose place it takes.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Make a key to sign with.
+
+    Example: kvbuy keys new --owner "Ann, ann@example.org"
+    """
+    from kvbuy import render_trust
+    from kvbuy.keys import KeyRing
+
+    ring = KeyRing.here()
+    made = ring.make(owner, days=days, rotate=None if rotate is None else ring.choose(rotate))
+    render_trust.show_keys(ring, [made.key], as_json=json)
+
+
+@keys_app.command("ls")
+def list_keys(json: JsonOption = False) -> None:
+    """Show your keys and those that you trust."""
+    from kvbuy import render_trust
+    from kvbuy.keys import KeyRing
+
+    ring = KeyRing.here()
+    render_trust.show_keys(ring, ring.known(), as_json=json)
+
+
+@keys_app.command("export")
+def export_key(
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="Id or owner. [default: your newest]")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="[default: KEY.key.json]")] = None,
+    force: ForceOption = False,
+) -> None:
+    """Write the public half of a key of yours, for those who should trust it."""
+    from kvbuy.keys import KeyRing, write_record
+
+    own = KeyRing.here().choose(key)
+    path = out or Path(f"{own.key.id[:12]}.key.json")
+    write_record(own.key, path, force=force)
+    print(path)
+
+
+@keys_app.command("trust")
+def trust_key(
+    file: Annotated[Path, typer.Argument(help="A key's public half, or a revocation.")], json: JsonOption = False
+) -> None:
+    """Trust a key, or believe a key's revocation.
+
+    Compare the id with what its owner tells you elsewhere.
+    """
+    from kvbuy import render_trust
+    from kvbuy.keys import KeyRing, read_record
+
+    ring = KeyRing.here()
+    render_trust.show_keys(ring, [ring.accept(read_record(file))], as_json=json)
+
+
+@keys_app.command("distrust")
+def distrust_key(key: KeyArgument, json: JsonOption = False) -> None:
+    """Trust a key no more."""
+    from kvbuy import render_trust
+    from kvbuy.keys import KeyRing
+
+    ring = KeyRing.here()
+    render_trust.show_keys(ring, [ring.distrust(key)], as_json=json)
+
+
+@keys_app.command("revoke")
+def revoke_key(
+    key: KeyArgument,
+    reason: Annotated[str, typer.Option("--reason", help="For those who trusted it.")],
+    out: Annotated[Path | None, typer.Option("--out", help="[default: KEY.revoked.json]")] = None,
+) -> None:
+    """Revoke a key of yours, for good; hand out the file that this writes."""
+    from kvbuy.keys import KeyRing, write_record
+
+    ring = KeyRing.here()
+    own = ring.own_by_id(key)
+    record = ring.revoke(own, reason)
+    path = out or Path(f"{own.key.id[:12]}.revoked.json")
+    write_record(record, path, force=True)
+    print(path)
