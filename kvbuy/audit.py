@@ -15,7 +15,7 @@ import torch
 
 from kvbuy.artifact import Artifact
 from kvbuy.cache import block_arrays, block_digest, fill_rows, load_artifact, reserve_cache, rewind_cache
-from kvbuy.errors import UsageError
+from kvbuy.errors import DamagedError, ExistsError, UsageError
 from kvbuy.evidence import (
     BlockEvidence,
     Envelope,
@@ -28,9 +28,10 @@ from kvbuy.evidence import (
 )
 from kvbuy.fingerprint import profile_differences
 from kvbuy.manifest import FullLayer
-from kvbuy.models import Model, refuse_foreign_shapes
-from kvbuy.plausible import judge_numbers
+from kvbuy.models import Model, refuse_foreign_shapes, refuse_misfit
+from kvbuy.plausible import describe, judge_numbers
 from kvbuy.reader import Reader, check_contents
+from kvbuy.replay import find_contradiction
 
 Progress = Callable[[str, int, int], None]
 
@@ -49,16 +50,18 @@ def audit(
     Raises:
         DamagedError: a digest does not match: nothing was audited.
         MisfitError: it was made with another model.
-        UsageError: the model keeps state beside its blocks, which only a prefill from the start can give.
+        UsageError: no block is to be looked at; or the model keeps state beside its blocks, which only a prefill from
+            the start can give.
     """
+    if blocks < 1:
+        raise UsageError("an audit looks at one block at least", hint="--blocks 1")
     manifest = artifact.manifest
     if not all(isinstance(layer, FullLayer) for layer in manifest.layers):
         raise UsageError(
             "a model with sliding windows or recurrent state cannot start in the middle of a document",
             hint=f"kvbuy verify {artifact.path.name} computes all of it again",
         )
-    check_contents(artifact)
-    refuse_foreign_shapes(manifest, model)
+    _refuse_others(artifact, model)
     numbers = judge_numbers(list(Reader.open(artifact).load_blocks()), dtype=manifest.fingerprint.dtype)
     chosen = choose_blocks(len(manifest.blocks), blocks, seed=seed)
     found = _recompute(artifact, model, chosen, progress)
@@ -77,27 +80,41 @@ def audit(
 
 @torch.no_grad()
 def calibrate(
-    artifact: Artifact, model: Model, *, progress: Progress = lambda _, __, ___: None
+    artifact: Artifact, model: Model, *, force: bool = False, progress: Progress = lambda _, __, ___: None
 ) -> tuple[Envelope, Path]:
     """Measure how far an artifact that one trusts, made on another profile, is from this one's bits: all its blocks.
 
-    Audits of artifacts of that profile compare with it from now on.
+    Audits of other artifacts of that profile compare with it from now on.
 
     Raises:
-        UsageError: it was made on this very profile, where bits are compared.
+        UsageError: it was made on this very profile, where bits are compared; or its numbers are no computed ones.
+        ExistsError: that pair of profiles was measured already, and `force` is not set.
         DamagedError, MisfitError, StoreError: as for `audit`.
     """
     manifest = artifact.manifest
     profile = model.profile(manifest.profile.block_size)
     if not profile_differences(manifest.profile, profile):
         raise UsageError("the artifact was made on this very profile: bits are compared", hint="kvbuy audit")
-    check_contents(artifact)
-    refuse_foreign_shapes(manifest, model)
+    path = envelope_path(manifest.fingerprint, manifest.profile, profile)
+    if path.exists() and not force:
+        raise ExistsError("that pair of profiles was measured already", hint="give --force to measure it anew")
+    _refuse_others(artifact, model)
+    numbers = judge_numbers(list(Reader.open(artifact).load_blocks()), dtype=manifest.fingerprint.dtype)
+    if not numbers.holds:
+        raise UsageError(f"this is no honest artifact: {'; '.join(describe(numbers))}")
     found = _recompute(artifact, model, range(len(manifest.blocks)), progress)
     envelope = Envelope.around([block.residuals for block in found], made_from=artifact.id)
-    path = envelope_path(manifest.fingerprint, manifest.profile, profile)
     write_envelope(path, envelope)
     return envelope, path
+
+
+def _refuse_others(artifact: Artifact, model: Model) -> None:
+    """Say that an artifact is damaged, of another model, or that its tokens are those of another text than it shows."""
+    check_contents(artifact)
+    refuse_misfit(artifact.manifest, model.fingerprint)
+    if reason := find_contradiction(artifact, model.tokenizer):
+        raise DamagedError(f"{artifact.path.name}: {reason}", hint="it is not what it says: do not use it")
+    refuse_foreign_shapes(artifact.manifest, model)
 
 
 def choose_seed(seed: int | None) -> int:

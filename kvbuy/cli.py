@@ -36,6 +36,7 @@ from kvbuy.options import (
 )
 
 if TYPE_CHECKING:
+    from kvbuy.artifact import Artifact
     from kvbuy.reuse import Conversation
     from kvbuy.sign import Signer
 
@@ -179,8 +180,8 @@ def generate(
     from kvbuy.render_trust import signer_json
 
     texts = [read_prompt(prompt) for prompt in prompts]
-    path, signers = _choose(kv, require_signature, quiet=json)
-    conversation = _open(path, model, adapter, device, reuse, room=max_new_tokens, quiet=json)
+    artifact, signers = _choose(kv, require_signature, quiet=json)
+    conversation = _open(artifact, model, adapter, device, reuse, room=max_new_tokens, quiet=json)
 
     from kvbuy.decode import Sampling
 
@@ -228,8 +229,8 @@ def chat(
     from kvbuy import render
     from kvbuy.errors import DocumentError
 
-    path, _ = _choose(kv, require_signature)
-    conversation = _open(path, model, adapter, device, reuse, room=max_new_tokens)
+    artifact, _ = _choose(kv, require_signature)
+    conversation = _open(artifact, model, adapter, device, reuse, room=max_new_tokens)
 
     from kvbuy.decode import Sampling
 
@@ -273,17 +274,17 @@ def verify(
     from kvbuy import render
     from kvbuy.render_trust import signer_json
 
-    path, signers = _choose(artifact, require_signature, quiet=json)
+    opened, signers = _choose(artifact, require_signature, quiet=json)
     if openssf is not None:
         from kvbuy.openssf import verify_openssf
 
-        verify_openssf(path, openssf)
+        verify_openssf(opened if isinstance(opened, Path) else opened.path, openssf)
 
     from kvbuy.replay import verify
 
     with render.token_progress() as progress:
         verdict = verify(
-            path,
+            opened,
             model=model,
             adapter=adapter,
             device=device,
@@ -300,8 +301,10 @@ def verify(
     raise typer.Exit(0 if allow_inexact and verdict.name == "inexact" else verdict.exit_code)
 
 
-def _choose(name: str | None, require_signature: bool, *, quiet: bool = False) -> "tuple[Path, tuple[Signer, ...]]":
-    """An artifact, and who signed it."""
+def _choose(
+    name: str | None, require_signature: bool, *, quiet: bool = False
+) -> "tuple[Artifact | Path, tuple[Signer, ...]]":
+    """An artifact (its path, where that is none), and who signed it."""
     from kvbuy import render
     from kvbuy.places import find_artifact
     from kvbuy.render_trust import signer_words
@@ -310,14 +313,14 @@ def _choose(name: str | None, require_signature: bool, *, quiet: bool = False) -
     path = find_artifact(name)
     if name is None and not quiet:
         render.say(f"artifact: {path}")
-    signers = check_signers(path, required=require_signature)
+    artifact, signers = check_signers(path, required=require_signature)
     if signers and not quiet:
         render.say(signer_words(signers))
-    return path, signers
+    return artifact or path, signers
 
 
 def _open(
-    path: Path,
+    chosen: "Artifact | Path",
     model: str | None,
     adapter: str | None,
     device: str | None,
@@ -331,7 +334,7 @@ def _open(
     from kvbuy.artifact import Artifact
     from kvbuy.places import refuse_missing_pack
 
-    artifact = Artifact.open(path)
+    artifact = Artifact.open(chosen) if isinstance(chosen, Path) else chosen
     refuse_missing_pack(artifact.manifest.codec)
     if reuse is ReuseMode.ALIGN and len(artifact.manifest.blocks) == 1 and not quiet:
         render.say("note: the document has no block before its last one; aligned reuse saves little or nothing")

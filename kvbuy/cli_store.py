@@ -61,12 +61,12 @@ def remove(name: NameArgument, json: JsonOption = False) -> None:
     from kvbuy.store import Store
 
     store = Store.here()
-    entry = store.find(name)
-    store.remove(entry)
+    found = store.find_id(name)
+    store.remove(found)
     if json:
-        render.print_json({"removed": entry.id, "name": entry.name})
+        render.print_json({"removed": found})
     else:
-        print(f"{entry.name} removed; its space is free after: kvbuy store gc")
+        print(f"{found} removed; its space is free after: kvbuy store gc")
 
 
 @app.command("gc")

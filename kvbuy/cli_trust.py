@@ -71,6 +71,7 @@ def audit(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="This one, of another profile, is honest: measure how far it is off.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Calibrate on what nobody signed whom you trust.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Evidence file. [default: ARTIFACT.audit.json]")] = None,
     model: ModelOption = None,
     adapter: AdapterOption = None,
@@ -84,7 +85,9 @@ def audit(
     from kvbuy import render, render_trust
     from kvbuy.artifact import Artifact
     from kvbuy.evidence import read_evidence, write_evidence
+    from kvbuy.keys import KeyRing
     from kvbuy.places import find_artifact
+    from kvbuy.sign import find_signers, require_signature
 
     opened = Artifact.open(find_artifact(artifact))
     given = None if replay is None else read_evidence(replay)
@@ -98,7 +101,9 @@ def audit(
     loaded = find_model_for(opened.manifest, model, adapter=adapter, say=render.say).load(device)
     with render.token_progress("blocks") as progress:
         if calibrate:
-            envelope, path = measure_envelope(opened, loaded, progress=progress)
+            if not force:
+                require_signature(opened.path.name, find_signers(opened, KeyRing.here()))
+            envelope, path = measure_envelope(opened, loaded, force=force, progress=progress)
             render_trust.show_envelope(envelope, path, as_json=json)
             return
         count = blocks if given is None else len(given.blocks)
@@ -120,7 +125,7 @@ def push(
     base_model: Annotated[str | None, typer.Option("--base-model", help="Its Hub id. [default: the label]")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Publish an artifact on the Hub, with a card and its signatures.
+    """Publish an artifact on the Hub, card and signatures too.
 
     Whoever has it can read the document. Example: kvbuy push doc.kv.safetensors me/my-documents
     """
@@ -156,14 +161,18 @@ def pull(
     """
     from kvbuy import render, render_trust
     from kvbuy.artifact import Artifact
+    from kvbuy.errors import UsageError
     from kvbuy.hub import parse_address
     from kvbuy.keys import KeyRing
+    from kvbuy.places import make_folder
     from kvbuy.pull import find_remote, parse_blocks, pull_artifact, pull_blocks
     from kvbuy.sign import find_signers
 
     wanted = parse_blocks(blocks)
+    if wanted is not None and require_signature:
+        raise UsageError("a part has no signature yet", hint="leave out --blocks, or --require-signature")
     pinned, names = find_remote(parse_address(repo))
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     found: list[tuple[Pulled, tuple[Signer, ...]]] = []
     with render.token_progress("blocks") as progress:
         for name in names:

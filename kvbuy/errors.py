@@ -39,6 +39,10 @@ class ProfileWarning(UserWarning):
     """An artifact was made on another profile: it may be loaded, its bits are not promised."""
 
 
+class OfflineWarning(UserWarning):
+    """Something was taken from a cache, since its source is out of reach."""
+
+
 class UsageError(KvbuyError):
     """The request contradicts itself."""
 

@@ -75,7 +75,7 @@ class Envelope(Part):
 
     def holds(self, block: BlockEvidence) -> bool:
         """Whether a block is inside, with the margin."""
-        return all(
+        return len(block.residuals) == len(self.tensors) and all(
             found.mean <= MARGIN * most.mean and found.worst <= MARGIN * most.worst
             for found, most in zip(block.residuals, self.tensors, strict=True)
         )
@@ -92,7 +92,7 @@ class Evidence(Part):
     name: FileName
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     of_blocks: Positive
-    blocks: tuple[BlockEvidence, ...]
+    blocks: Annotated[tuple[BlockEvidence, ...], Field(min_length=1)]
     profile: Profile
     differences: tuple[str, ...]
     envelope: Envelope | None
@@ -117,7 +117,12 @@ def judge(
     numbers: Plausibility,
     envelope: Envelope | None,
 ) -> Evidence:
-    """What blocks computed on `profile` say of an artifact; `differences` are that profile's to the artifact's."""
+    """What blocks computed on `profile` say of an artifact; `differences` are that profile's to the artifact's.
+
+    An envelope that was made from this very artifact says nothing of it, and is not looked at.
+    """
+    if envelope is not None and envelope.made_from == artifact.id:
+        envelope = None
     unequal = [block for block in blocks if not block.equal]
     outside = [block for block in unequal if not (differences and envelope and envelope.holds(block))]
     verdict: AuditVerdict

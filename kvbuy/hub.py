@@ -4,13 +4,14 @@ It moves files and commits; what is in them is `kvbuy.publish`'s and `kvbuy.pull
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kvbuy.errors import ModelError, StoreError, UsageError
+from kvbuy.errors import ModelError, OfflineWarning, StoreError, UsageError
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "spiece.model", "merges.txt", "vocab.txt"]
 ADDRESS = "hf://"
@@ -93,6 +94,8 @@ def pin(repo: str, revision: str | None = None) -> Pinned:
     except StoreError as error:
         offline = isinstance(error.__cause__, errors.OfflineModeIsEnabled)
         if (offline or _is_line(error.__cause__)) and (cached := _find_cached(repo, revision)):
+            words = f"the Hub is out of reach: {repo} is taken from its cache, as of {cached.commit[:12]}"
+            warnings.warn(words, OfflineWarning, stacklevel=2)
             return cached
         raise
     files = tuple(sibling.rfilename for sibling in info.siblings or ())
@@ -111,7 +114,9 @@ def _find_cached(repo: str, revision: str | None) -> Pinned | None:
         one
         for held in repos
         for one in held.revisions
-        if revision is None or revision in one.refs or one.commit_hash == revision
+        if revision in one.refs
+        or one.commit_hash == revision
+        or (revision is None and not any(ref.startswith("refs/") for ref in one.refs))
     ]
     if not found:
         return None
@@ -148,33 +153,45 @@ def publish(
     *,
     message: str,
     parent: str | None,
+    stale: Sequence[str] = (),
 ) -> str:
     """Upload files, large ones first and apart, and show them all in one commit on top of `parent`; its address.
+
+    The same commit takes away the files that are `stale`.
 
     Readers see all of them or none. What a broken try has uploaded is not sent again.
 
     Raises:
         StoreError: not for you, out of reach, or somebody else has committed since `parent`.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi()
 
     def upload() -> str:
         additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=what) for name, what in files.items()]
         api.preupload_lfs_files(repo, additions, free_memory=False)
-        done = api.create_commit(repo, additions, commit_message=message, parent_commit=parent)
+        operations: list[CommitOperationAdd | CommitOperationDelete] = list(additions)
+        operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
+        done = api.create_commit(repo, operations, commit_message=message, parent_commit=parent)
         return str(done.commit_url)
 
     return _reach(repo, upload)
 
 
 def make_repository(repo: str, *, private: bool, gated: bool) -> None:
-    """Make a model repository, unless it is there; `gated` asks whoever downloads to accept terms (StoreError)."""
+    """Make a model repository, unless it is there; `gated` asks whoever downloads to accept terms.
+
+    Raises:
+        StoreError: not for you or out of reach; or it is to be `private`, and is there as a public one.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi()
     _reach(repo, lambda: api.create_repo(repo, private=private or None, exist_ok=True))
+    if private and not _reach(repo, lambda: api.model_info(repo)).private:
+        hint = "push to another one, or make this one private on its page first"
+        raise StoreError(f"{repo} is there already, and everybody can read it", hint=hint)
     if gated:
         _reach(repo, lambda: api.update_repo_settings(repo, gated="auto"))
 

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from kvbuy.errors import DamagedError, ExistsError, StoreError, UsageError
 from kvbuy.parts import Digest, Label, Part, canonical_json
@@ -25,7 +25,11 @@ from kvbuy.whole import write_whole
 Trust = Literal["trusted", "unknown", "expired", "revoked"]
 Signature = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{85}[AQgw]==\Z")]
 KeyBytes = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=\Z")]  # 32 bytes, written one way only
-Time = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z\Z")]
+Time = Annotated[
+    str,
+    Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z\Z"),
+    AfterValidator(lambda text: write_time(read_time(text))),  # ValueError: there is no such day
+]
 MAX_FILE = 100_000  # bytes of a key's file
 
 P = TypeVar("P", bound=Part)
@@ -205,22 +209,24 @@ class KeyRing:
     def judge(self, key: PublicKey) -> Trust:
         """Whether a key is trusted now: by itself, as one's own, or because a trusted one endorsed it in its place.
 
-        The endorsing key may have expired since, but not have been revoked.
+        A key that is known here expires as it was known: whoever has stolen it cannot write it a longer life. One that
+        has expired or was revoked endorses nobody.
 
         Raises:
             DamagedError: its endorsement is not that key's.
         """
         revoked = {record.key.id for record in self.revocations()}
+        known = {one.id: one for one in (*self.trusted(), *(own.key for own in self.own()))}
         if key.id in revoked:
             return "revoked"
-        if datetime.now(UTC) >= read_time(key.expires):
+        if _is_over(key) or (key.id in known and _is_over(known[key.id])):
             return "expired"
-        known = {one.id: one for one in (*self.trusted(), *(own.key for own in self.own()))}
         if key.id in known:
             return "trusted"
-        if key.previous not in known or key.previous in revoked or key.endorsement is None:
+        before = known.get(key.previous or "")
+        if before is None or before.id in revoked or _is_over(before) or key.endorsement is None:
             return "unknown"
-        known[key.previous].check(key.endorsement, key.signed_bytes())
+        before.check(key.endorsement, key.signed_bytes())
         return "trusted"
 
     def _files(self, kind: str) -> list[Path]:
@@ -235,6 +241,10 @@ class KeyRing:
         with write_whole(path) as file:
             os.chmod(file.name, 0o600)
             file.write(canonical_json(record.model_dump()))
+
+
+def _is_over(key: PublicKey) -> bool:
+    return datetime.now(UTC) >= read_time(key.expires)
 
 
 def read_key(path: Path) -> PublicKey:

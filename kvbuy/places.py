@@ -93,5 +93,13 @@ def name_converted(path: Path, codec: CodecName) -> Path:
     return path.with_name(f"{name}.{codec}{SUFFIX}")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder where there is none (StoreError)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot make the folder {folder}: {error.strerror}", hint="give --out another one") from error
+
+
 def _label(document: str) -> str:
     return "stdin" if document == "-" else Path(document).stem or Path(document).name

@@ -16,10 +16,11 @@ from typing import Any
 from kvbuy.artifact import SUFFIX, Artifact
 from kvbuy.errors import DamagedError, StoreError
 from kvbuy.hub import Pinned, card_text, download, make_repository, pin, publish
+from kvbuy.keys import KeyRing
 from kvbuy.manifest import Manifest, parse_manifest
 from kvbuy.parts import canonical_json
 from kvbuy.reader import check_contents
-from kvbuy.sign import SIGNATURE_SUFFIX, signature_path
+from kvbuy.sign import SIGNATURE_SUFFIX, find_signers, signature_path
 
 MANIFEST_SUFFIX = ".kv.json"
 
@@ -65,10 +66,13 @@ def push_artifact(artifact: Artifact, repo: str, terms: Terms) -> Pushed:
         "config.json": canonical_json(describe(shown)),
         "README.md": write_card(repo, shown, terms).encode(),
     }
-    if (signatures := signature_path(artifact.path)).exists():
-        files[stem + SIGNATURE_SUFFIX] = signatures.read_bytes()
-    url = publish(repo, files, message=f"Add {artifact.path.name}", parent=before.commit)
-    return Pushed(url=url, files=tuple(files), signed=stem + SIGNATURE_SUFFIX in files)
+    signatures = stem + SIGNATURE_SUFFIX
+    signed = bool(find_signers(artifact, KeyRing.here()))  # a file that signs something else is left behind
+    if signed:
+        files[signatures] = signature_path(artifact.path)
+    stale = () if signed or signatures not in before.files else (signatures,)
+    url = publish(repo, files, message=f"Add {artifact.path.name}", parent=before.commit, stale=stale)
+    return Pushed(url=url, files=tuple(files), signed=signed)
 
 
 def read_manifests(pinned: Pinned, *, besides: str) -> dict[str, Manifest]:

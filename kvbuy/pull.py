@@ -6,10 +6,12 @@ match their digests, the others are fetched by whoever asks next. Torch-free.
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock
 
 from kvbuy.artifact import MAX_HEADER, SUFFIX, Artifact, read_manifest, refuse_unwritable
 from kvbuy.errors import DamagedError, StoreError, UsageError
@@ -17,9 +19,9 @@ from kvbuy.hub import Address, Pinned, download, pin, read_range
 from kvbuy.keys import KeyRing
 from kvbuy.parts import FILE_NAME
 from kvbuy.reader import Reader, check_contents
-from kvbuy.sign import SIGNATURE_SUFFIX, judge_signatures, require_signature, signature_path
+from kvbuy.sign import SIGNATURE_SUFFIX, judge_signatures, read_limited, require_signature, signature_path
 from kvbuy.store import stored_spans
-from kvbuy.whole import write_whole
+from kvbuy.whole import sync_folder, write_whole
 
 PART = ".part"
 Progress = Callable[[str, int, int], None]
@@ -106,6 +108,11 @@ def pull_blocks(
         UsageError: there are no such blocks.
         StoreError: it cannot be fetched or written.
     """
+    with _alone(out):
+        return _pull_blocks(pinned, name, out, wanted, progress)
+
+
+def _pull_blocks(pinned: Pinned, name: str, out: Path, wanted: range, progress: Progress) -> Pulled:
     part = out.with_name(out.name + PART)
     artifact = _open_part(pinned, name, part)
     count = len(artifact.manifest.blocks)
@@ -113,7 +120,8 @@ def pull_blocks(
         raise UsageError(f"{name} has blocks 0:{count}", hint=f"--blocks 0:{min(count, 16)}")
     if artifact.manifest.codec_name == "dense":
         wanted = range(wanted.stop)  # a block is decoded with those before it
-    missing = [index for index in wanted if index not in check_blocks(artifact, wanted)]
+    there = check_blocks(artifact, wanted)
+    missing = [index for index in wanted if index not in there]
     spans = list(stored_spans(artifact.manifest))
     for done, index in enumerate(missing):
         progress(name, done, len(missing))
@@ -140,14 +148,32 @@ def check_blocks(artifact: Artifact, wanted: Sequence[int]) -> set[int]:
     return here
 
 
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """While no other process fills or finishes the same part file."""
+    lock = FileLock(out.with_name(f".{out.name}{PART}.lock"))
+    try:
+        with lock:
+            yield
+    except OSError as error:
+        raise StoreError(f"cannot write beside {out}: {error.strerror}") from error
+    Path(lock.lock_file).unlink(missing_ok=True)
+
+
 def _finish_part(pinned: Pinned, name: str, out: Path, *, force: bool, ring: KeyRing | None) -> Pulled:
     """Fetch what a part file lacks, and give it its name."""
     part = out.with_name(out.name + PART)
-    count = len(_open_part(pinned, name, part).manifest.blocks)
-    done = pull_blocks(pinned, name, out, range(count))
-    check_contents(Artifact.open(part))
-    _take_place(pinned, Artifact.open(part), out, force=force, ring=ring)
-    os.replace(part, out)
+    with _alone(out):
+        count = len(_open_part(pinned, name, part).manifest.blocks)
+        done = _pull_blocks(pinned, name, out, range(count), lambda _, __, ___: None)
+        artifact = Artifact.open(part)
+        check_contents(artifact)
+        _take_place(pinned, artifact, out, force=force, ring=ring)
+        try:
+            os.replace(part, out)
+            sync_folder(out.parent)
+        except OSError as error:
+            raise StoreError(f"cannot write {out}: {error.strerror}") from error
     return Pulled(path=out, commit=done.commit, blocks=done.blocks, of_blocks=done.of_blocks)
 
 
@@ -182,11 +208,14 @@ def _fetch(pinned: Pinned, name: str, artifact: Artifact, span: tuple[int, int])
     data = read_range(pinned, name, start, size) if size else b""
     if len(data) != size:
         raise StoreError(f"{name} was cut short on its way", hint="pull it again: what came is kept")
-    with artifact.path.open("r+b") as file:
-        file.seek(start)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with artifact.path.open("r+b") as file:
+            file.seek(start)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise StoreError(f"cannot write {artifact.path}: {error.strerror}", hint="what came is kept") from error
 
 
 def _copy_checked(pinned: Pinned, source: Path, out: Path, *, force: bool, ring: KeyRing | None) -> None:
@@ -203,11 +232,12 @@ def _take_place(pinned: Pinned, artifact: Artifact, out: Path, *, force: bool, r
     """Just before an artifact gets its name: its signatures come first, so that nobody sees it without them."""
     refuse_unwritable(out, force=force)
     name = out.name.removesuffix(SUFFIX) + SIGNATURE_SUFFIX
-    raw = download(pinned, name).read_bytes() if name in pinned.files else None
+    raw = read_limited(download(pinned, name)) if name in pinned.files else None
+    signers = () if raw is None else judge_signatures(raw, artifact, ring or KeyRing.here())
     if ring is not None:
-        require_signature(out.name, () if raw is None else judge_signatures(raw, artifact, ring))
+        require_signature(out.name, signers)
     beside = signature_path(out)
-    if raw is None:
+    if raw is None or not signers:
         beside.unlink(missing_ok=True)  # of what `out` was before
         return
     with write_whole(beside) as file:

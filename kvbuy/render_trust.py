@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvbuy.errors import UsageError
+from kvbuy.errors import DamagedError, UsageError
 from kvbuy.render import Json, plain_table, print_json, print_table
 
 if TYPE_CHECKING:
@@ -29,12 +29,17 @@ def signer_json(signers: "Sequence[Signer]") -> list[Json]:
 
 
 def signer_words(signers: "Sequence[Signer]") -> str:
-    """Who signed, in a line."""
-    return "signed by " + "; ".join(map(str, signers)) if signers else "not signed"
+    """Who signed, a line each."""
+    return "\n".join(f"signed by: {signer}" for signer in signers) if signers else "not signed"
 
 
 def refuse_other_artifact(evidence: "Evidence", artifact: "Artifact") -> None:
     """Raise UsageError where evidence is of another artifact than the one to audit."""
+    from kvbuy.audit import choose_blocks
+
+    chosen = choose_blocks(len(artifact.manifest.blocks), len(evidence.blocks), seed=evidence.seed)
+    if evidence.artifact == artifact.id and [one.index for one in evidence.blocks] != chosen:
+        raise DamagedError("the evidence's blocks are not those that its seed chooses", hint="do not believe it")
     if evidence.artifact != artifact.id:
         raise UsageError(
             f"the evidence is of {evidence.name}, id {evidence.artifact[:12]}, not of {artifact.path.name}",
@@ -53,7 +58,8 @@ def show_evidence(found: "Evidence", given: "Evidence | None", path: Path | None
     else:
         table = plain_table("audit", found.name)
         table.add_row("blocks", f"{', '.join(str(one.index) for one in found.blocks)} of {found.of_blocks}")
-        table.add_row("seed", str(found.seed))
+        chosen = "" if given is None else " (chosen by whoever made the evidence)"
+        table.add_row("seed", f"{found.seed}{chosen}")
         table.add_row("equal", f"{sum(one.equal for one in found.blocks)}/{len(found.blocks)} bit for bit")
         for line in (*found.differences, *found.implausible):
             table.add_row("", line)
@@ -66,9 +72,7 @@ def show_evidence(found: "Evidence", given: "Evidence | None", path: Path | None
         if path is not None:
             table.add_row("evidence", str(path))
         print_table(table)
-    if agrees is not None:
-        return 0 if agrees else 3
-    return EXIT_CODES[found.verdict]
+    return max(EXIT_CODES[found.verdict], 0 if agrees in (None, True) else 3)
 
 
 def show_envelope(envelope: "Envelope", path: Path, *, as_json: bool) -> None:

@@ -63,7 +63,7 @@ def verify(
         return Misfit(differences=error.differences)
     manifest = opened.manifest
     tokenizer = found.tokenizer()
-    if reason := _contradiction(opened, tokenizer):
+    if reason := find_contradiction(opened, tokenizer):
         return Wrong(reason=reason, exact=None, drift={})
     try:
         refuse_foreign_layers(found.config(), manifest)
@@ -189,7 +189,7 @@ def _prompt_rows(artifact: Artifact, tokenizer: Any, prompt: str) -> tuple[int, 
     return encode_prompt(tokenizer, prompt, document_text=artifact.read_text(), chat=chat)
 
 
-def _contradiction(artifact: Artifact, tokenizer: Any) -> str | None:
+def find_contradiction(artifact: Artifact, tokenizer: Any) -> str | None:
     """What an artifact says of itself that its own tokenizer denies: token ids of other texts than it shows."""
     chat, receipt = artifact.manifest.document.chat, artifact.manifest.receipt
     if tuple(tokenizer(artifact.read_text(), add_special_tokens=not chat)["input_ids"]) != artifact.read_tokens():

@@ -50,7 +50,7 @@ class Signer:
     trust: Trust
 
     def __str__(self) -> str:
-        return f"{self.key.owner}, key {self.key.id[:12]} ({self.trust})"
+        return f"{self.trust} key {self.key.id[:12]}, which says that it is of {self.key.owner!r}"
 
 
 def signature_path(artifact: Path) -> Path:
@@ -62,11 +62,11 @@ def sign_artifact(artifact: Artifact, own: OwnKey) -> Path:
     """Sign an artifact, beside signatures that it has already; one by the same key is made anew.
 
     Raises:
-        DamagedError: the signatures that are there are of something else.
+        DamagedError: a signature that is there is not its key's.
         StoreError: they cannot be written.
     """
     path = signature_path(artifact.path)
-    before = _parse_envelope(_read(path), artifact).signatures if path.exists() else ()
+    before = _parse_envelope(read_limited(path), artifact).signatures if find_signers(artifact, KeyRing.here()) else ()
     mine = Signed(keyid=own.key.id, sig=own.sign(_message(artifact)), key=own.key)
     others = tuple(one for one in before if one.key.id != own.key.id)
     envelope = Envelope(
@@ -80,18 +80,21 @@ def sign_artifact(artifact: Artifact, own: OwnKey) -> Path:
 
 
 def find_signers(artifact: Artifact, ring: KeyRing) -> tuple[Signer, ...]:
-    """Whose signatures an artifact has, each checked; none where no file of signatures is beside it.
+    """Whose signatures an artifact has, each checked; none where none of its own are beside it.
 
     Raises:
-        DamagedError: a signature is not its key's, or is of something else than this artifact.
+        DamagedError: a signature is not its key's.
         StoreError: the file cannot be read.
     """
     path = signature_path(artifact.path)
-    return judge_signatures(_read(path), artifact, ring) if path.exists() else ()
+    return judge_signatures(read_limited(path), artifact, ring) if path.exists() else ()
 
 
-def check_signers(path: Path, *, required: bool) -> tuple[Signer, ...]:
-    """Who signed the artifact at a path, before anything else of it is read.
+def check_signers(path: Path, *, required: bool) -> tuple[Artifact | None, tuple[Signer, ...]]:
+    """The artifact at a path, opened, and who signed it, before anything else of it is read.
+
+    Whoever goes on with this very artifact reads what was signed, whatever has come to lie under its name since. None
+    where the file is no artifact.
 
     Raises:
         DamagedError: a signature is not its key's or of another artifact; with `required`, the file is no artifact.
@@ -103,17 +106,24 @@ def check_signers(path: Path, *, required: bool) -> tuple[Signer, ...]:
     except DamagedError:
         if required:
             raise
-        return ()  # whoever reads it says so
+        return None, ()  # whoever reads it says so
     signers = find_signers(artifact, KeyRing.here())
     if required:
         require_signature(path.name, signers)
-    return signers
+    return artifact, signers
 
 
 def judge_signatures(raw: bytes, artifact: Artifact, ring: KeyRing) -> tuple[Signer, ...]:
-    """Whose signatures an artifact has by a file of signatures, each checked (DamagedError)."""
+    """Whose signatures an artifact has by a file of signatures, each checked; none where it is another artifact's.
+
+    Raises:
+        DamagedError: it is no file of signatures, or one in it is not its key's.
+    """
+    envelope = _parse_envelope(raw, artifact)
+    if b64decode(envelope.payload) != artifact.manifest.canonical():
+        return ()
     signers = []
-    for one in _parse_envelope(raw, artifact).signatures:
+    for one in envelope.signatures:
         one.key.check(one.key.signature, one.key.signed_bytes())
         if one.keyid != one.key.id:
             raise DamagedError(f"{artifact.path.name}: a signature names another key than it brings")
@@ -143,7 +153,8 @@ def _message(artifact: Artifact) -> bytes:
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
 
-def _read(path: Path) -> bytes:
+def read_limited(path: Path) -> bytes:
+    """A file of signatures, as much of it as one may have (StoreError)."""
     try:
         with path.open("rb") as file:
             return file.read(MAX_FILE)
@@ -164,9 +175,6 @@ def _parse_envelope(raw: bytes, artifact: Artifact) -> Envelope:
         raise DamagedError(f"{name} holds no signatures: {where}: {first['msg'][:200]}") from error
     except Base64Error as error:
         raise DamagedError(f"{name} holds no signatures: its payload is not base64") from error
-    if payload != artifact.manifest.canonical() or b64encode(payload).decode() != envelope.payload:
-        raise DamagedError(
-            f"{name} signs something else than the artifact beside it",
-            hint="fetch both again, or remove the signatures that are not its own",
-        )
+    if b64encode(payload).decode() != envelope.payload:
+        raise DamagedError(f"{name} is not canonical base64", hint="get the file again as it was")
     return envelope

@@ -27,8 +27,8 @@ from kvbuy.manifest import Manifest
 from kvbuy.parts import Count, Digest, FileName, Part
 from kvbuy.places import cache_folder
 from kvbuy.reader import check_contents
-from kvbuy.sign import signature_path
-from kvbuy.whole import TEMPORARY, write_whole
+from kvbuy.sign import read_limited, signature_path
+from kvbuy.whole import TEMPORARY, sync_folder, write_whole
 
 CHUNK = 2**20
 PATIENCE = 600.0  # seconds to wait for another process
@@ -103,7 +103,7 @@ class Store:
         return cls(Path(folder).expanduser() if folder else cache_folder() / "store")
 
     def put(self, artifact: Artifact) -> Entry:
-        """Keep an artifact, with the signatures beside it. One that is there already is kept as it was, or mended.
+        """Keep an artifact, with the signatures beside it, or those that it was kept with. What is damaged is mended.
 
         Raises:
             DamagedError: it is not intact.
@@ -115,7 +115,7 @@ class Store:
         with self._sharing():
             pieces = tuple(self._keep(_read_span(artifact.path, start, size)) for start, size in _spans(artifact))
             signatures = signature_path(artifact.path)
-            signed = self._keep([signatures.read_bytes()]) if signatures.exists() else None
+            signed = self._keep([read_limited(signatures)]) if signatures.exists() else self._signatures_of(artifact.id)
             entry = _sealed(id=artifact.id, name=artifact.path.name, pieces=pieces, signatures=signed)
             with write_whole(self._entry_path(entry.id)) as file:
                 file.write(entry.canonical())
@@ -140,16 +140,20 @@ class Store:
                     for chunk in self._load(piece):
                         file.write(chunk)
                 file.flush()
-                if Artifact.open(Path(file.name)).id != entry.id:
+                made = Artifact.open(Path(file.name))
+                if made.id != entry.id:
                     raise DamagedError(f"the store's pieces of {entry.name} make another artifact")
+                check_contents(made)
+                if entry.signatures is None:
+                    beside.unlink(missing_ok=True)  # of what `out` was before
             if entry.signatures is not None:
                 with write_whole(beside) as file:
                     file.write(signed)
         return Artifact.open(out)
 
     def entries(self) -> tuple[Entry, ...]:
-        """All that is kept, by name (DamagedError: an entry is not readable)."""
-        return tuple(sorted(map(_read_entry, self._entry_files()), key=lambda entry: (entry.name, entry.id)))
+        """All that is kept and can be read, by name; `check` names what cannot."""
+        return self._read_entries()[0]
 
     def find(self, name: str) -> Entry:
         """The entry of this name, or whose id begins so.
@@ -164,10 +168,16 @@ class Store:
             )
         return found[0]
 
-    def remove(self, entry: Entry) -> None:
-        """Keep an artifact no more; its objects stay until `collect` (StoreError)."""
+    def find_id(self, name: str) -> str:
+        """The id of the entry of this name, or that begins so, be it readable or not (errors: `find`)."""
+        damaged = [one for one in self._read_entries()[1] if name and one.startswith(name)]
+        return damaged[0] if len(damaged) == 1 else self.find(name).id
+
+    def remove(self, artifact_id: str) -> None:
+        """Keep an artifact no more, be its entry readable or not; its objects stay until `collect` (StoreError)."""
         with self._writing():
-            self._entry_path(entry.id).unlink(missing_ok=True)
+            self._entry_path(artifact_id).unlink(missing_ok=True)
+            sync_folder(self.entries_folder)
 
     def collect(self) -> Freed:
         """Remove the objects that no entry needs, and what crashed writers left.
@@ -177,7 +187,12 @@ class Store:
             StoreError: another process uses the store for longer than it is patient, or it cannot be written.
         """
         with self._alone(), self._writing():
-            needed = {piece.digest for entry in self.entries() for piece in entry.needed()}
+            sync_folder(self.entries_folder)  # no removed entry may come back once its objects are gone
+            entries, unreadable = self._read_entries()
+            if unreadable:
+                hint = f"put its artifact in again, or give it up: kvbuy store rm {unreadable[0][:12]}"
+                raise DamagedError(f"the store's entry {unreadable[0][:12]} cannot be read", hint=hint)
+            needed = {piece.digest for entry in entries for piece in entry.needed()}
             stray = [path for path in self._object_files() if path.name not in needed]
             folders = (self.objects, self.entries_folder)
             temporaries = [path for folder in folders for path in folder.glob(f"{TEMPORARY}*")]
@@ -190,12 +205,7 @@ class Store:
         """Look whether everything that entries need is there, and read a random sample of it."""
         started = time.monotonic()
         with self._sharing():
-            readable, unreadable = [], []
-            for path in self._entry_files():
-                try:
-                    readable.append(_read_entry(path))
-                except DamagedError:
-                    unreadable.append(path.stem)
+            readable, unreadable = self._read_entries()
             needed = {piece.digest: piece for entry in readable for piece in entry.needed()}
             missing = sorted(digest for digest in needed if not (self.objects / digest).is_file())
             here = sorted(set(needed) - set(missing))
@@ -213,9 +223,25 @@ class Store:
             read=read,
             damaged=tuple(damaged),
             missing=tuple(missing),
-            unreadable=tuple(unreadable),
+            unreadable=unreadable,
             seconds=time.monotonic() - started,
         )
+
+    def _read_entries(self) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+        """The entries that can be read, by name, and the ids of those that cannot; one removed meanwhile is neither."""
+        readable, unreadable = [], []
+        for path in sorted(self.entries_folder.glob("*.json")):
+            try:
+                readable.append(_read_entry(path))
+            except FileNotFoundError:
+                continue
+            except DamagedError:
+                unreadable.append(path.stem)
+        return tuple(sorted(readable, key=lambda entry: (entry.name, entry.id))), tuple(unreadable)
+
+    def _signatures_of(self, artifact_id: str) -> Piece | None:
+        found = [entry for entry in self.entries() if entry.id == artifact_id]
+        return found[0].signatures if found else None
 
     def _keep(self, chunks: Iterable[bytes]) -> Piece:
         """Write an object, unless it is there and whole: a damaged one is replaced."""
@@ -251,9 +277,6 @@ class Store:
     def _entry_path(self, artifact_id: str) -> Path:
         return self.entries_folder / f"{artifact_id}.json"
 
-    def _entry_files(self) -> list[Path]:
-        return sorted(self.entries_folder.glob("*.json"))
-
     def _object_files(self) -> list[Path]:
         return [path for path in self.objects.glob("*") if not path.name.startswith(TEMPORARY)]
 
@@ -261,6 +284,7 @@ class Store:
     def _lock(self) -> ReadWriteLock:
         for folder in (self.objects, self.entries_folder):
             folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(self.folder)
         return ReadWriteLock(self.folder / "lock", timeout=PATIENCE)
 
     @contextmanager
@@ -323,6 +347,8 @@ def _read_entry(path: Path) -> Entry:
     try:
         raw = path.read_bytes()
         entry = Entry.model_validate_json(raw)
+    except FileNotFoundError:
+        raise
     except (OSError, ValidationError) as error:
         raise DamagedError(f"the store's entry {path.stem[:12]} cannot be read", hint="kvbuy store check") from error
     honest = entry.model_copy(update={"digest": "0" * 64}).sha256() == entry.digest

@@ -29,7 +29,7 @@ def write_whole(path: Path, *, last_check: Callable[[], None] = lambda: None) ->
             os.fsync(file.fileno())
         last_check()
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror}") from error
     finally:
@@ -37,7 +37,8 @@ def write_whole(path: Path, *, last_check: Callable[[], None] = lambda: None) ->
             temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make sure that a folder's names are on the disk, where the system can (OSError)."""
     if os.name != "posix":
         return  # Windows cannot open a folder
     descriptor = os.open(folder, os.O_RDONLY)

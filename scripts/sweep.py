@@ -116,7 +116,7 @@ def fit_small_pack(model: object) -> Path:
     from kvbuy.calibrate import fit_pack
     from kvbuy.docstrings import help_texts
 
-    fit_pack(model, [help_texts()[:6000]])  # type: ignore[arg-type]
+    fit_pack(model, [help_texts()[:8000]])  # type: ignore[arg-type]
     from kvbuy.places import pack_folder
 
     return next(pack_folder().glob("*.safetensors"))

@@ -7,7 +7,7 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,10 +25,10 @@ class Repository:
     gated: Any = False
     commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)
 
-    def commit(self, files: dict[str, bytes]) -> str:
+    def commit(self, files: dict[str, bytes], deleted: Sequence[str] = ()) -> str:
         """Add a commit on top."""
         before = self.commits[-1] if self.commits else ("", {})
-        whole = before[1] | files
+        whole = {name: data for name, data in (before[1] | files).items() if name not in deleted}
         facts = json.dumps([before[0], sorted((name, len(data)) for name, data in whole.items()), len(self.commits)])
         self.commits.append((hashlib.sha1(facts.encode()).hexdigest(), whole))
         return self.commits[-1][0]
@@ -59,6 +59,7 @@ class Hub:
     blobs: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+    ranges: list[str] = field(default_factory=list)
     before_download: Any = None
 
     def fault(self, request: str) -> Fault | None:
@@ -235,7 +236,8 @@ class Handler(BaseHTTPRequestHandler):
                     self.refuse(400, "", "a large file was not uploaded")
                     return
                 files[line["value"]["path"]] = blob
-        oid = found.commit(files)
+        deleted = [line["value"]["path"] for line in lines if line["key"] == "deletedFile"]
+        oid = found.commit(files, deleted)
         self.answer(
             200,
             {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{repo}/commit/{oid}", "hookOutput": ""},
@@ -293,6 +295,7 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X_Repo_Commit": commit[0], "ETag": f'"{tag}"', "Accept_Ranges": "bytes"}
         status = 200
         if (asked := self.headers.get("Range")) and self.command == "GET":
+            self.hub.ranges.append(asked)
             first, _, last = asked.removeprefix("bytes=").partition("-")
             start, end = int(first), min(int(last) if last else len(data) - 1, len(data) - 1)
             headers["Content_Range"] = f"bytes {start}-{end}/{len(data)}"

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,17 @@ TIMES = ("prefill", "single_pass", "load", "first_token", "reuse", "resident", "
 PLAN = Plan(lengths=(40, 100), repeats=2, block_size=32, baselines=False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_limits() -> Iterator[None]:
+    """Limits of small matrices and copies: their figures mean nothing here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvbuy.bench.limits.SMALL_SIDES", (64,))
+        patch.setattr("kvbuy.bench.limits.COPIED", 2**20)
+        yield
+
+
 @pytest.fixture(scope="module")
-def found(llama: Model) -> Benchmark:
+def found(llama: Model, small_limits: None) -> Benchmark:
     return run_bench(llama, TEXT, PLAN, name="doc.txt")
 
 

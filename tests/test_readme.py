@@ -44,7 +44,7 @@ def labels(table: str) -> list[str]:
 @pytest.mark.real
 def test_the_readme_s_commands_and_python_run_in_order(tmp_path: Path) -> None:
     for command, shown in commands():
-        ran = shell(command, tmp_path)
+        ran = shell(command, tmp_path, KVBUY_KEYS=str(tmp_path / "keys"))
         assert ran.returncode == 0, f"{command}\n{ran.stderr}"
         if "--json" in command:
             assert json.loads(ran.stdout).keys() == json.loads(shown).keys(), command
@@ -86,11 +86,11 @@ def test_a_benchmark_that_the_readme_names_starts(program: str) -> None:
 def test_gpu_check_runs_where_there_is_no_gpu(tmp_path: Path) -> None:
     """On a tiny model, so that it runs the first time where there is one."""
     assert "scripts/gpu_check.py" in README
-    ran = shell(f"python scripts/gpu_check.py --lengths 64,100 --repeats 1 --out {tmp_path}/check.json", ROOT)
+    ran = shell(f"python scripts/gpu_check.py --lengths 64 --repeats 1 --out {tmp_path}/check.json", ROOT)
     assert ran.returncode == 0, ran.stderr
     facts = json.loads((tmp_path / "check.json").read_text(encoding="utf-8"))
     found = next(value for name, value in facts.items() if name.startswith("random "))
-    assert [(row["tokens"], row["exact"]) for row in found["bench"]["rows"]] == [(64, True), (100, True)]
+    assert [(row["tokens"], row["exact"]) for row in found["bench"]["rows"]] == [(64, True)]
     assert found["verify"]["verdict"] == "exact"
     assert {one["name"] for one in found["measure"]} >= {"raw", "fast"}
     assert ran.stdout.splitlines()[-1].startswith(facts["device"])

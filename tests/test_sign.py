@@ -2,6 +2,7 @@
 
 import json
 from base64 import b64decode
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -68,20 +69,19 @@ def test_a_signature_does_not_pass_to_another_artifact(artifact: Artifact, own: 
     sign_artifact(artifact, own)
     other = write_artifact(tmp_path / "other.kv.safetensors", *handmade(range(20), layers=[FULL]))
     signature_path(other.path).write_bytes(signature_path(artifact.path).read_bytes())
-    with pytest.raises(DamagedError, match="signs something else"):
-        find_signers(other, KeyRing(tmp_path))
+    assert find_signers(other, KeyRing(tmp_path)) == ()
 
 
 def test_every_flipped_bit_of_a_signature_file_is_seen(artifact: Artifact, own: OwnKey, publisher: KeyRing) -> None:
-    """There is one way to write a signature: no bit of its file is free."""
+    """There is one way to write a signature: no bit of its file is free. With another payload it is not signed."""
     path = sign_artifact(artifact, own)
     raw = path.read_bytes()
     for at in range(len(raw)):
         flipped = bytearray(raw)
         flipped[at] ^= 1 << (at % 8)
         path.write_bytes(flipped)
-        with pytest.raises(DamagedError):
-            find_signers(artifact, publisher)
+        with suppress(DamagedError):
+            assert find_signers(artifact, publisher) == ()
 
 
 def test_an_expired_key_is_not_trusted(artifact: Artifact, publisher: KeyRing, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +98,40 @@ def test_an_expired_key_is_not_trusted(artifact: Artifact, publisher: KeyRing, m
     assert trust_of(artifact, publisher) == ["expired"]
     with pytest.raises(UsageError, match="no key to sign with"):
         publisher.choose(None)
+
+
+def test_whoever_stole_an_expired_key_cannot_write_it_a_longer_life(
+    artifact: Artifact, buyer: KeyRing, own: OwnKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buyer.trust(own.key)
+    longer = own.key.model_copy(update={"expires": "2999-01-01T00:00:00Z"})
+    longer = longer.model_copy(update={"signature": own.sign(longer.signed_bytes())})
+    sign_artifact(artifact, OwnKey(key=longer, secret=own.secret))
+    assert trust_of(artifact, buyer) == ["trusted"]
+    later = datetime.now(UTC) + timedelta(days=31)
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
+            return later
+
+    monkeypatch.setattr("kvbuy.keys.datetime", Later)
+    assert trust_of(artifact, buyer) == ["expired"]
+
+
+def test_a_name_cannot_speak_for_a_key(artifact: Artifact, publisher: KeyRing, buyer: KeyRing) -> None:
+    sign_artifact(artifact, publisher.make("Ann, key 4f2c9a1b7d3e (trusted); Mallory\u200b", days=1))
+    [signer] = find_signers(artifact, buyer)
+    assert str(signer).startswith("unknown key ")
+    assert "\\u200b" in str(signer)
+
+
+def test_a_day_that_does_not_exist_is_damage(own: OwnKey, publisher: KeyRing, tmp_path: Path) -> None:
+    path = tmp_path / "key.json"
+    write_record(own.key, path)
+    path.write_bytes(path.read_bytes().replace(own.key.expires.encode(), b"9999-99-99T99:99:99Z"))
+    with pytest.raises(DamagedError):
+        read_record(path)
 
 
 def test_a_rotated_key_is_trusted_as_the_one_before_it(
@@ -165,7 +199,7 @@ def test_the_envelope_is_dsse(artifact: Artifact, own: OwnKey) -> None:
 
 def test_a_damaged_artifact_is_left_to_who_reads_it(artifact: Artifact) -> None:
     artifact.path.write_bytes(b"nothing")
-    assert check_signers(artifact.path, required=False) == ()
+    assert check_signers(artifact.path, required=False) == (None, ())
     with pytest.raises(DamagedError):
         check_signers(artifact.path, required=True)
 
@@ -191,7 +225,7 @@ def test_the_verbs_sign_and_say_who_did(run: Run, precomputed: Ran, ring: KeyRin
     assert (made["own"], made["trust"]) == (True, "trusted")
     assert run("sign").out.strip() == "doc.kv.sig.json"
     shown = run("verify", "--model", "model", "--quick")
-    assert f"signed by Ann, key {made['id'][:12]} (trusted)" in shown.err
+    assert f"signed by: trusted key {made['id'][:12]}, which says that it is of 'Ann'" in shown.err
     checked = run("verify", "--model", "model", "--quick", "--require-signature", "--json").json
     assert [one["owner"] for one in checked["signatures"]] == ["Ann"]
     options = ("--prompt", "x", "--model", "model", "--max-new-tokens", "2", "--json")
@@ -216,7 +250,7 @@ def test_keys_go_from_hand_to_hand(
     revoked = run("keys", "revoke", ring.own()[0].key.id[:10], "--reason", "moved on").out.strip()
     monkeypatch.setenv("KVBUY_KEYS", str(tmp_path / "buyer"))
     unknown = run("verify", "--model", "model", "--quick", "--require-signature")
-    assert "signed by nobody whom you trust: Ann" in unknown.err
+    assert "signed by nobody whom you trust: unknown key" in unknown.err
     assert run("keys", "trust", exported, "--json").json["keys"][0]["trust"] == "trusted"
     assert run("verify", "--model", "model", "--quick", "--require-signature").code == 0
     assert run("keys", "trust", revoked, "--json").json["keys"][0]["trust"] == "revoked"
