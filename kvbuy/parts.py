@@ -18,7 +18,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\Z")]
 UNSEEN = r"\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff"  # what a terminal must not be sent
 Label = Annotated[str, Field(min_length=1, max_length=200, pattern=rf"^[^{UNSEEN}]*\Z")]
 FILE_NAME = re.compile(rf"^[^{UNSEEN}/\\:]{{1,200}}\Z")
-FileName = Annotated[str, Field(pattern=FILE_NAME.pattern)]
+FileName = Annotated[str, Field(min_length=1, max_length=200, pattern=rf"^[^{UNSEEN}/\\:]+\Z")]
 FloatType = Literal["F32", "F16", "BF16"]
 Count = Annotated[int, Field(ge=0, lt=2**48)]
 Positive = Annotated[int, Field(ge=1, lt=2**48)]

@@ -2,17 +2,19 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import TEXT, SaveModel, tiny_llama
+from hub_server import OWNER, serve_hub
 from test_cache import COMMON, deepseek_v3, gemma3, lfm2, mistral_all_sliding, qwen3
 from transformers import PreTrainedConfig
 from typer.testing import CliRunner
@@ -352,44 +354,32 @@ def test_pack_fit_add_and_ls_speak_json(llama_folder: Path, tmp_path: Path, monk
     assert fitted["digest"][:12] in run.invoke(app, ["pack", "ls"]).stdout
 
 
-class FakeHub:
-    """Repositories as folders, in the place of the Hub's client."""
+def test_a_pack_is_pushed_to_the_hub_and_pulled_from_it(fitted: Fitted, tmp_path: Path) -> None:
+    digest, name = fitted.pack.digest, fitted.path.name
+    with serve_hub() as hub:
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        def kvbuy(*arguments: str, cache: Path) -> "subprocess.CompletedProcess[str]":
+            settings = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": OWNER}
+            settings |= {"HF_HUB_DISABLE_XET": "1", "KVBUY_CACHE": str(cache)}
+            command = [sys.executable, "-m", "kvbuy.cli", "pack", *arguments, "--json"]
+            return subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
 
-    def create_repo(self, repo: str, *, exist_ok: bool) -> None:
-        (self.folder / repo).mkdir(parents=True, exist_ok=exist_ok)
-
-    def upload_file(self, *, path_or_fileobj: Path, path_in_repo: str, repo_id: str) -> SimpleNamespace:
-        (self.folder / repo_id / path_in_repo).write_bytes(path_or_fileobj.read_bytes())
-        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
-
-    def list_repo_files(self, repo: str) -> list[str]:
-        return ["README.md", *sorted(path.name for path in (self.folder / repo).iterdir())]
-
-    def hf_hub_download(self, repo: str, name: str) -> str:
-        return str(self.folder / repo / name)
-
-
-def test_a_pack_is_pushed_to_the_hub_and_pulled_from_it(
-    fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub = FakeHub(tmp_path / "hub")
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.hf_hub_download)
-    run, digest = CliRunner(), fitted.pack.digest
-    pushed = json.loads(run.invoke(app, ["pack", "push", "me/packs", "--json"]).stdout)
-    assert pushed == {"digest": digest, "repo": "me/packs", "commit": "https://hub/me/packs/commit/1"}
-    monkeypatch.setenv("KVBUY_CACHE", str(tmp_path / "buyer"))
-    pulled = json.loads(run.invoke(app, ["pack", "pull", "me/packs", "--pack", digest[:8], "--json"]).stdout)
-    assert pulled == {"paths": [str(pack_folder() / fitted.path.name)]}
-    assert find_pack(digest).facts == fitted.pack.facts
-    missing = run.invoke(app, ["pack", "pull", "me/packs", "--pack", "f" * 64])
-    assert isinstance(missing.exception, PackError)
-    (hub.folder / "me/packs" / fitted.path.name).write_bytes(b"something else")
-    broken = run.invoke(app, ["pack", "pull", "me/packs"])
-    assert isinstance(broken.exception, DamagedError)
+        publisher, buyer = fitted.path.parent.parent, tmp_path / "buyer"
+        pushed = kvbuy("push", "me/packs", cache=publisher)
+        repository = hub.repositories["me/packs"]
+        assert json.loads(pushed.stdout) == {
+            "digest": digest,
+            "repo": "me/packs",
+            "commit": f"{hub.url}/me/packs/commit/{repository.commits[-1][0]}",
+        }
+        pulled = kvbuy("pull", "me/packs", "--pack", digest[:8], cache=buyer)
+        assert json.loads(pulled.stdout) == {"paths": [str(buyer / "packs" / name)]}
+        assert read_pack(buyer / "packs" / name)[0].facts == fitted.pack.facts
+        missing = kvbuy("pull", "me/packs", "--pack", "f" * 64, cache=buyer)
+        assert (missing.returncode, json.loads(missing.stdout)["kind"]) == (1, "PackError")
+        repository.commit({name: b"something else"})
+        broken = kvbuy("pull", "me/packs", cache=buyer)
+        assert (broken.returncode, json.loads(broken.stdout)["kind"]) == (3, "DamagedError")
 
 
 def test_a_hub_out_of_reach_is_said_to_be(fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
