@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import Ran, Run
 from handmade import FULL, handmade
+from test_store import faults
 
 from kvbuy.artifact import Artifact, write_artifact
-from kvbuy.errors import DamagedError, UntrustedError, UsageError
+from kvbuy.errors import DamagedError, StoreError, UntrustedError, UsageError
 from kvbuy.keys import KeyRing, OwnKey, read_record, write_record, write_time
 from kvbuy.sign import Signer, check_signers, find_signers, require_signature, sign_artifact, signature_path
 
@@ -82,6 +83,22 @@ def test_every_flipped_bit_of_a_signature_file_is_seen(artifact: Artifact, own: 
         path.write_bytes(flipped)
         with suppress(DamagedError):
             assert find_signers(artifact, publisher) == ()
+
+
+def test_signing_that_fails_anywhere_leaves_the_signatures_that_were_there(
+    artifact: Artifact, own: OwnKey, publisher: KeyRing
+) -> None:
+    other = publisher.make("Bob", days=1)
+    for at in range(1, 20):
+        sign_artifact(artifact, own)
+        with faults(at) as counter, suppress(StoreError):
+            sign_artifact(artifact, other)
+        assert [signer.key.owner for signer in find_signers(artifact, publisher)] in (["Ann"], ["Ann", "Bob"])
+        if not counter.fired:
+            break
+        signature_path(artifact.path).unlink()
+    assert at > 4
+    assert trust_of(artifact, publisher) == ["trusted", "trusted"]
 
 
 def test_an_expired_key_is_not_trusted(artifact: Artifact, publisher: KeyRing, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -391,6 +392,22 @@ def test_a_put_that_fails_anywhere_leaves_the_old_state_or_the_new_one(tmp_path:
         if not counter.fired:
             break
     assert len(outcomes) == at - 1 > 20  # every call that can fail did, and each was told
+
+
+def test_a_get_that_fails_anywhere_leaves_no_file_or_the_whole_one(
+    store: Store, artifact: Artifact, tmp_path: Path
+) -> None:
+    entry, raw = store.put(artifact), artifact.path.read_bytes()
+    for at in range(1, 100):
+        out = tmp_path / f"got{at}.kv.safetensors"
+        with faults(at) as counter, suppress(KvbuyError):
+            store.get(entry, out)
+        assert not out.exists() or out.read_bytes() == raw
+        assert not list(tmp_path.glob(f"{TEMPORARY}*"))
+        if not counter.fired:
+            break
+    assert at > 8
+    assert out.exists()
 
 
 KILLED = """
