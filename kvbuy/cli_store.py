@@ -27,17 +27,20 @@ def put(artifact: ArtifactArgument = None, json: JsonOption = False) -> None:
 @app.command()
 def get(
     name: NameArgument,
-    out: Annotated[Path | None, typer.Option("--out", help="[default: its name, here]")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder, or NAME.kv.safetensors. [default: here]")] = None,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
     """Write an artifact of the store as a file, every byte checked."""
     from kvbuy import render
+    from kvbuy.places import refuse_name
     from kvbuy.store import Store
 
     store = Store.here()
     entry = store.find(name)
-    artifact = store.get(entry, out or Path(entry.name), force=force)
+    path = Path(entry.name) if out is None else out / entry.name if out.is_dir() else out
+    refuse_name(path)
+    artifact = store.get(entry, path, force=force)
     if json:
         render.print_json({"artifact": str(artifact.path), "id": artifact.id})
     else:

@@ -58,6 +58,7 @@ def sign(
     if json:
         render.print_json({"signatures": str(path), "artifact": opened.id, "key": own.key.id, "owner": own.key.owner})
     else:
+        render.say(f"{opened.path.name}, signed with {own.key.id[:12]} ({own.key.owner})")
         print(path)
 
 
@@ -131,7 +132,10 @@ def push(
     """
     from kvbuy import render
     from kvbuy.artifact import Artifact
+    from kvbuy.hub import parse_address
     from kvbuy.publish import Terms, push_artifact
+
+    address = parse_address(repo)
 
     terms = Terms(
         private=private,
@@ -140,7 +144,7 @@ def push(
         model_license=model_license,
         base_model=base_model,
     )
-    pushed = push_artifact(Artifact.open(artifact), repo, terms)
+    pushed = push_artifact(Artifact.open(artifact), address.repo, terms)
     if json:
         render.print_json({"url": pushed.url, "files": list(pushed.files), "signed": pushed.signed})
     else:
@@ -196,10 +200,12 @@ def new_key(
 
     Example: kvbuy keys new --owner "Ann, ann@example.org"
     """
-    from kvbuy import render_trust
+    from kvbuy import render, render_trust
     from kvbuy.keys import KeyRing
 
     ring = KeyRing.here()
+    if rotate is None and (before := [own.key.id[:12] for own in ring.own() if own.key.owner == owner]):
+        render.say(f"note: {owner} has {', '.join(before)} already; --rotate makes a successor")
     made = ring.make(owner, days=days, rotate=None if rotate is None else ring.choose(rotate))
     render_trust.show_keys(ring, [made.key], as_json=json)
 
@@ -219,14 +225,16 @@ def export_key(
     key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="Id or owner. [default: your newest]")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="[default: KEY.key.json]")] = None,
     force: ForceOption = False,
+    json: JsonOption = False,
 ) -> None:
     """Write the public half of a key of yours, for those who should trust it."""
+    from kvbuy import render
     from kvbuy.keys import KeyRing, write_record
 
     own = KeyRing.here().choose(key)
     path = out or Path(f"{own.key.id[:12]}.key.json")
     write_record(own.key, path, force=force)
-    print(path)
+    render.print_json({"key": own.key.id, "file": str(path)}) if json else print(path)
 
 
 @keys_app.command("trust")
@@ -259,8 +267,10 @@ def revoke_key(
     key: KeyArgument,
     reason: Annotated[str, typer.Option("--reason", help="For those who trusted it.")],
     out: Annotated[Path | None, typer.Option("--out", help="[default: KEY.revoked.json]")] = None,
+    json: JsonOption = False,
 ) -> None:
     """Revoke a key of yours, for good; hand out the file that this writes."""
+    from kvbuy import render
     from kvbuy.keys import KeyRing, write_record
 
     ring = KeyRing.here()
@@ -268,4 +278,4 @@ def revoke_key(
     record = ring.revoke(own, reason)
     path = out or Path(f"{own.key.id[:12]}.revoked.json")
     write_record(record, path, force=True)
-    print(path)
+    render.print_json({"key": own.key.id, "file": str(path)}) if json else print(path)

@@ -201,6 +201,8 @@ def _tiers(subject: Subject, tariff: Tariff, prices: PriceTable) -> tuple[Tier, 
 def _caveats(subject: Subject, terms: Terms, prices: PriceTable, tariff: Tariff) -> Iterator[str]:
     """Where a price was taken for want of another, and is not that of what was measured."""
     gpu = choose_price(prices.gpus, terms.gpu)
+    if subject.bench is None and terms.usd_per_hour is None and terms.gpu is None:
+        yield f"The machine is taken to cost as an {gpu.name}: give what it costs with --gpu-usd-per-hour."
     if subject.bench is not None and terms.usd_per_hour is None and gpu in shipped_prices().gpus:
         machine = subject.bench.machine
         if gpu.name.split()[0].casefold() not in machine.casefold():

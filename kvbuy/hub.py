@@ -203,6 +203,16 @@ def card_text(metadata: Mapping[str, Any], body: str) -> str:
     return f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n{body}"
 
 
+def card_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a model card's file; none where it has none that can be read."""
+    from huggingface_hub import metadata_load
+
+    try:
+        return dict(metadata_load(path) or {})
+    except Exception:  # whatever somebody wrote there, by hand or by program
+        return {}
+
+
 def push_file(path: Path, repo: str) -> str:
     """Upload a file to a model repository, which is made where it is missing; returns the commit's address.
 

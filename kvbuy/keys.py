@@ -152,17 +152,24 @@ class KeyRing:
         return own
 
     def choose(self, name: str | None) -> OwnKey:
-        """The key whose id begins so, or whose owner that is; the newest that is not expired or revoked where None.
+        """The key of one's own whose id or owner begins so, the newest where several do or None is named.
 
         Raises:
-            UsageError: there is none.
+            UsageError: there is none, or it has expired or was revoked.
         """
-        usable = [own for own in self.own() if self.judge(own.key) == "trusted"]
-        found = [own for own in usable if name is None or own.key.id.startswith(name) or own.key.owner == name]
-        if not found:
-            what = "no key to sign with" if name is None else f"no key {name!r} to sign with, not expired or revoked"
-            raise UsageError(f"there is {what}", hint='make one: kvbuy keys new --owner "NAME"')
-        return found[-1]
+        named = [
+            own for own in self.own() if name is None or own.key.id.startswith(name) or own.key.owner.startswith(name)
+        ]
+        if not named:
+            what = "no key to sign with" if name is None else f"no key {name!r} of yours"
+            raise UsageError(
+                f"there is {what}", hint='kvbuy keys ls shows yours, kvbuy keys new --owner "NAME" makes one'
+            )
+        usable = [own for own in named if self.judge(own.key) == "trusted"]
+        if not usable:
+            trust = self.judge(named[-1].key)
+            raise UsageError(f"your key {named[-1].key.id[:12]} is {trust}", hint='kvbuy keys new --owner "NAME"')
+        return usable[-1]
 
     def own_by_id(self, name: str) -> OwnKey:
         """The key of one's own whose id begins so, expired or not (UsageError: there is none, or several)."""

@@ -9,13 +9,14 @@
 Torch-free. It knows what is said, not how it is sent (`kvbuy.hub`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvbuy.artifact import SUFFIX, Artifact
 from kvbuy.errors import DamagedError, StoreError
-from kvbuy.hub import Pinned, card_text, download, make_repository, pin, publish
+from kvbuy.hub import Pinned, card_metadata, card_text, download, make_repository, pin, publish
 from kvbuy.keys import KeyRing
 from kvbuy.manifest import Manifest, parse_manifest
 from kvbuy.parts import canonical_json
@@ -64,7 +65,7 @@ def push_artifact(artifact: Artifact, repo: str, terms: Terms) -> Pushed:
         artifact.path.name: artifact.path,
         stem + MANIFEST_SUFFIX: artifact.manifest.canonical(),
         "config.json": canonical_json(describe(shown)),
-        "README.md": write_card(repo, shown, terms).encode(),
+        "README.md": write_card(repo, shown, terms, before=_card_facts(before)).encode(),
     }
     signatures = stem + SIGNATURE_SUFFIX
     signed = bool(find_signers(artifact, KeyRing.here()))  # a file that signs something else is left behind
@@ -105,20 +106,33 @@ def describe(manifests: dict[str, Manifest]) -> dict[str, Any]:
     return {"library_name": "kvbuy", "format": "kvbuy", "version": 1, "artifacts": artifacts}
 
 
-def write_card(repo: str, manifests: dict[str, Manifest], terms: Terms) -> str:
-    """README.md: the model card."""
+def _card_facts(pinned: Pinned) -> dict[str, Any]:
+    """What the card says that is there, so that a later push does not take it back."""
+    return card_metadata(download(pinned, "README.md")) if "README.md" in pinned.files else {}
+
+
+def write_card(
+    repo: str, manifests: dict[str, Manifest], terms: Terms, *, before: Mapping[str, Any] | None = None
+) -> str:
+    """README.md: the model card; what `terms` leave open stays as it was `before`."""
+    before = before or {}
     first = next(iter(manifests.values()))
-    base = terms.base_model or (first.model.name if "/" in first.model.name else None)
+    base = terms.base_model or before.get("base_model") or (first.model.name if "/" in first.model.name else None)
+    license = terms.document_license or before.get("license")
+    model_license = terms.model_license or before.get("kvbuy_model_license")
     metadata: dict[str, Any] = {
         "library_name": "kvbuy",
         "tags": ["kvbuy", "kv-cache", "prefill"],
-        "license": terms.document_license or "other",
+        "license": license or "other",
     }
+    if model_license is not None:
+        metadata["kvbuy_model_license"] = model_license
     if base is not None:
         metadata |= {"base_model": base, "base_model_relation": "adapter"}
     rows = "\n".join(_row(name, manifest) for name, manifest in sorted(manifests.items()))
     name = sorted(manifests)[0]
-    licences = f"The document: {terms.document_license or 'not stated'}. The model: {terms.model_license or 'its own'}."
+    stated = "not stated" if license in (None, "other") else license
+    licences = f"The document: {stated}. The model: {model_license or 'its own'}."
     return card_text(metadata, CARD.format(repo=repo, rows=rows, name=name + SUFFIX, licences=licences))
 
 

@@ -81,6 +81,9 @@ def pull_artifact(pinned: Pinned, name: str, out: Path, *, force: bool = False, 
         PackError, UsageError: it cannot be decoded here, and so not be checked.
         ExistsError, StoreError: it cannot be fetched or written.
     """
+    if not force and (there := _open_equal(pinned, name, out)) is not None:
+        count = len(there.manifest.blocks)
+        return Pulled(path=out, commit=pinned.commit, blocks=count, of_blocks=count)
     refuse_unwritable(out, force=force)
     if out.with_name(out.name + PART).exists():
         return _finish_part(pinned, name, out, force=force, ring=ring)
@@ -146,6 +149,20 @@ def check_blocks(artifact: Artifact, wanted: Sequence[int]) -> set[int]:
             continue
         here.add(index)
     return here
+
+
+def _open_equal(pinned: Pinned, name: str, out: Path) -> Artifact | None:
+    """The artifact that is there already, where it is the one to be fetched and intact."""
+    if not out.exists():
+        return None
+    try:
+        there = Artifact.open(out)
+        if there.manifest.header() != _read_header(pinned, name):
+            return None
+        check_contents(there)
+    except DamagedError:
+        return None
+    return there
 
 
 @contextmanager

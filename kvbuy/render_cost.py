@@ -145,7 +145,7 @@ def cost_notes(found: "Estimate") -> list[str]:
 def basis_lines(found: "Estimate") -> list[str]:
     """Every figure that goes in or follows for any number of loads, and what it is based on."""
     figures = (found.inputs | found.computed).items()
-    return [f"{name} {figure.value:.6g}, {figure.basis}" for name, figure in figures]
+    return [f"{name} {figure.value:.6g}, {figure.basis}" for name, figure in figures if not math.isnan(figure.value)]
 
 
 def verdict(case: Case) -> str:

@@ -96,7 +96,8 @@ def show_pulled(found: "Sequence[tuple[Pulled, Sequence[Signer]]]", *, as_json: 
         return
     table = plain_table("artifact", "blocks", "commit", "signatures")
     for one, signers in found:
-        table.add_row(str(one.path), f"{one.blocks}/{one.of_blocks}", one.commit[:12], signer_words(signers))
+        signed = "checked when it is whole: pull it" if one.path.suffix == ".part" else signer_words(signers)
+        table.add_row(str(one.path), f"{one.blocks}/{one.of_blocks}", one.commit[:12], signed)
     print_table(table)
 
 

@@ -82,6 +82,7 @@ def verify(
         prompt=rows,
         max_new_tokens=max_new_tokens,
     )
+    say("computing it from scratch in a fresh process")
     scratch = run_from_scratch(request, progress=lambda done: progress("from scratch", done, manifest.document.tokens))
     loaded = found.load(device)  # only now: one model in memory at a time
     try:

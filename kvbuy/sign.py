@@ -141,9 +141,12 @@ def require_signature(name: str, signers: tuple[Signer, ...]) -> None:
             f"{name} is not signed",
             hint=f"its publisher can: kvbuy sign {name}; or leave out --require-signature",
         )
+    unknown = any(signer.trust == "unknown" for signer in signers)
     raise UntrustedError(
         f"{name} is signed by nobody whom you trust: {'; '.join(map(str, signers))}",
-        hint="if you know that key: kvbuy keys trust KEY.json (its owner's file)",
+        hint="if you know that key: kvbuy keys trust KEY.json (its owner's file)"
+        if unknown
+        else "ask its publisher for one that is signed with a key that lives",
     )
 
 

@@ -124,6 +124,11 @@ def test_an_h100_s_price_for_another_machine_s_time_is_pointed_out(run: Run, ben
     assert len(estimate(find_subject(None, h100, Facts()), Terms(), shipped_prices()).caveats) == 1
 
 
+def test_a_machine_of_which_nothing_is_said_is_priced_aloud(run: Run) -> None:
+    assert "taken to cost as an H100" in run("cost", *GIVEN).out
+    assert "taken to cost" not in run("cost", *GIVEN, "--gpu", "H100").out.replace("Users are taken", "")
+
+
 def test_a_price_of_ones_own_is_taken_for_the_machine_s(tmp_path: Path) -> None:
     own = {"name": "ours", "usd_per_hour": 0.1, "memory_gb": 24, "date": "2026-12", "source": "our contract"}
     (tmp_path / "p.json").write_text(json.dumps({"version": 1, "gpus": [own]}))

@@ -118,6 +118,29 @@ def test_a_second_artifact_joins_the_first(kvbuy: Kvbuy, hub: Hub, artifact: Art
     assert kvbuy("pull", "ann/docs", "--out", "both").returncode == 0
 
 
+def test_a_later_push_keeps_what_the_card_said(kvbuy: Kvbuy, hub: Hub, artifact: Artifact) -> None:
+    kvbuy("push", NAME, "ann/docs", "--license", "gpl-3.0", "--base-model", "Qwen/Qwen3-4B", "--model-license", "mit")
+    assert kvbuy("push", NAME, "hf://ann/docs").returncode == 0
+    card = hub.repositories["ann/docs"].commits[-1][1]["README.md"].decode()
+    assert "license: gpl-3.0" in card
+    assert "base_model: Qwen/Qwen3-4B" in card
+    assert "The document: gpl-3.0. The model: mit." in card
+    assert kvbuy("push", NAME, "docs").returncode == 2
+
+
+def test_what_is_here_already_is_not_fetched_again(
+    kvbuy: Kvbuy, hub: Hub, shown: Repository, artifact: Artifact, tmp_path: Path
+) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / NAME).write_bytes(artifact.path.read_bytes())
+    shown.commit({"second.kv.safetensors": artifact.path.read_bytes()})
+    pulled = kvbuy("pull", "ann/docs", "--out", "there")
+    assert pulled.returncode == 0, pulled.stderr
+    assert (tmp_path / "there" / "second.kv.safetensors").exists()
+    (tmp_path / "there" / NAME).write_bytes(b"another")
+    assert "there already" in kvbuy("pull", "ann/docs", "--out", "there").stderr
+
+
 def test_a_private_repository_is_for_its_owner(kvbuy: Kvbuy, hub: Hub, artifact: Artifact) -> None:
     assert kvbuy("push", NAME, "ann/docs", "--private").returncode == 0
     assert hub.repositories["ann/docs"].private

@@ -113,8 +113,14 @@ def test_an_expired_key_is_not_trusted(artifact: Artifact, publisher: KeyRing, m
 
     monkeypatch.setattr("kvbuy.keys.datetime", Later)
     assert trust_of(artifact, publisher) == ["expired"]
-    with pytest.raises(UsageError, match="no key to sign with"):
+    with pytest.raises(UsageError, match="is expired"):
         publisher.choose(None)
+
+
+def test_a_key_is_chosen_by_how_its_id_or_owner_begins(publisher: KeyRing, own: OwnKey) -> None:
+    assert publisher.choose("An") == publisher.choose(own.key.id[:6]) == own
+    with pytest.raises(UsageError, match="no key 'Bob' of yours"):
+        publisher.choose("Bob")
 
 
 def test_whoever_stole_an_expired_key_cannot_write_it_a_longer_life(
@@ -271,7 +277,8 @@ def test_keys_go_from_hand_to_hand(
     assert run("keys", "trust", exported, "--json").json["keys"][0]["trust"] == "trusted"
     assert run("verify", "--model", "model", "--quick", "--require-signature").code == 0
     assert run("keys", "trust", revoked, "--json").json["keys"][0]["trust"] == "revoked"
-    assert run("verify", "--model", "model", "--quick", "--require-signature").code == 3
+    refused = run("verify", "--model", "model", "--quick", "--require-signature")
+    assert (refused.code, "signed with a key that lives" in refused.err) == (3, True)
     assert [key["owner"] for key in run("keys", "ls", "--json").json["keys"]] == ["Ann"]
 
 

@@ -531,6 +531,9 @@ def test_the_verbs_keep_show_check_and_free(
     [shown] = run("store", "ls", "--json").json["artifacts"]
     assert (shown["name"], shown["shared_bytes"]) == ("doc.kv.safetensors", 0)
     assert run("store", "get", "doc").code == 1
+    assert run("store", "get", "doc", "--out", "nowhere").code == 2
+    (tmp_path / "into").mkdir()
+    assert run("store", "get", "doc", "--out", "into").out.strip() == "into/doc.kv.safetensors"
     assert run("store", "get", "doc", "--out", "again.kv.safetensors", "--json").json["id"] == shown["id"]
     checked = run("store", "check", "--sample", "50%", "--json").json
     assert (checked["sound"], checked["entries"]) == (True, 1)
