@@ -24,7 +24,7 @@ from kvbuy.models import load_model
 from kvbuy.prefill import precompute
 from kvbuy.reader import Reader, check_contents, load_state
 from kvbuy.recode import convert
-from kvbuy.sign import find_signers, sign_artifact
+from kvbuy.sign import find_signers, require_signature, sign_artifact
 from kvbuy.store import Store
 
 Look = Callable[[Path], object]  # what a file holds, or a KvbuyError
@@ -46,6 +46,13 @@ def contents(path: Path) -> object:
     blocks = [[tensor.tobytes() for tensor in block] for block in Reader.open(artifact).load_blocks()]
     state = [bytes(load_state(artifact, index)) for index in range(len(artifact.manifest.state))]
     return artifact.id, artifact.read_tokens(), artifact.read_text(), blocks, state
+
+
+def signed(artifact: Artifact, ring: KeyRing) -> list[str]:
+    """Who signed; a file of signatures that are not its own is refused as --require-signature refuses it."""
+    signers = find_signers(artifact, ring)
+    require_signature(artifact.path.name, signers)
+    return list(map(str, signers))
 
 
 def sweep(path: Path, look: Look, damages: Iterator[bytes]) -> Count:
@@ -101,7 +108,7 @@ def subjects(folder: Path) -> Iterator[tuple[str, Path, Look, int]]:
     ring = KeyRing(folder / "keys")
     own = ring.make("Ann", days=30)
     signatures = sign_artifact(raw.artifact, own)
-    yield "signatures", signatures, lambda _: [str(one) for one in find_signers(raw.artifact, ring)], 1
+    yield "signatures", signatures, lambda _: signed(raw.artifact, ring), 1
     write_record(own.key, folder / "key.json")
     yield "public key", folder / "key.json", read_key, 1
     store = Store(folder / "store")
@@ -125,12 +132,16 @@ def fit_small_pack(model: object) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stride", type=int, default=1, help="look at every Nth only")
-    stride = parser.parse_args().stride
+    parser.add_argument("--only", default="", help="files whose name holds this")
+    options = parser.parse_args()
+    stride = options.stride
     table = render.plain_table("file", "bytes", "damage", "cases", "refused", "the same", "silent")
     silent = 0
     with tempfile.TemporaryDirectory() as name:
         os.environ["KVBUY_CACHE"] = f"{name}/cache"
         for what, path, look, own in subjects(Path(name)):
+            if options.only not in what:
+                continue
             raw = path.read_bytes()
             for damage, cases in (("cut off", truncations), ("a bit flipped", flips)):
                 step = stride * own * (1 if damage != "cut off" or own == 1 else 8)
