@@ -74,6 +74,7 @@ def audit(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Calibrate on what nobody signed whom you trust.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Evidence file. [default: ARTIFACT.audit.json]")] = None,
+    require_signature: RequireOption = False,
     model: ModelOption = None,
     adapter: AdapterOption = None,
     device: DeviceOption = None,
@@ -88,9 +89,15 @@ def audit(
     from kvbuy.evidence import read_evidence, write_evidence
     from kvbuy.keys import KeyRing
     from kvbuy.places import find_artifact
-    from kvbuy.sign import find_signers, require_signature
+    from kvbuy.sign import find_signers
+    from kvbuy.sign import require_signature as require
 
     opened = Artifact.open(find_artifact(artifact))
+    signers = find_signers(opened, KeyRing.here())
+    if require_signature or (calibrate and not force):
+        require(opened.path.name, signers)
+    if signers:
+        render.say(render_trust.signer_words(signers))
     given = None if replay is None else read_evidence(replay)
     if given is not None:
         render_trust.refuse_other_artifact(given, opened)
@@ -102,8 +109,6 @@ def audit(
     loaded = find_model_for(opened.manifest, model, adapter=adapter, say=render.say).load(device)
     with render.token_progress("blocks") as progress:
         if calibrate:
-            if not force:
-                require_signature(opened.path.name, find_signers(opened, KeyRing.here()))
             envelope, path = measure_envelope(opened, loaded, force=force, progress=progress)
             render_trust.show_envelope(envelope, path, as_json=json)
             return

@@ -36,6 +36,7 @@ from kvbuy.options import (
 if TYPE_CHECKING:
     from kvbuy.artifact import Artifact
     from kvbuy.lossy import LossyMeasure
+    from kvbuy.parts import CodecName
 
 
 TYPED = "COMMANDLINE"
@@ -166,18 +167,11 @@ def cost(
     from kvbuy.prices import read_prices
     from kvbuy.subject import Facts, find_subject
 
-    subject = find_subject(
-        None if artifact is None else Artifact.open(artifact),
-        None if bench is None else read_benchmark(bench),
-        Facts(
-            tokens=tokens,
-            bytes_per_token=bytes_per_token,
-            prefill_seconds=prefill_seconds,
-            reuse_seconds=reuse_seconds,
-            codec=None if codec is None else codec.value,
-            weights=None if measure is None else read_weights(measure),
-        ),
-    )
+    opened = None if artifact is None else Artifact.open(artifact)
+    run = None if bench is None else read_benchmark(bench)
+    weights = None if measure is None else read_weights(measure)
+    coded: CodecName | None = None if codec is None else codec.value
+    facts = Facts(tokens, bytes_per_token, prefill_seconds, reuse_seconds, codec=coded, weights=weights)
     terms = Terms(
         loads=tuple(agents) if agents else LOADS,
         gpu=gpu,
@@ -190,7 +184,7 @@ def cost(
         tariff=tariff,
         publisher_share=publisher_share,
     )
-    found = estimate(subject, terms, read_prices(prices))
+    found = estimate(find_subject(opened, run, facts), terms, read_prices(prices))
     if json:
         render.print_json(render_cost.cost_json(found))
     else:

@@ -61,8 +61,7 @@ def verify(
         found = find_model_for(opened.manifest, model, adapter=adapter, say=say)
     except MisfitError as error:
         return Misfit(differences=error.differences)
-    manifest = opened.manifest
-    tokenizer = found.tokenizer()
+    manifest, tokenizer = opened.manifest, found.tokenizer()
     if reason := find_contradiction(opened, tokenizer):
         return Wrong(reason=reason, exact=None, drift={})
     try:

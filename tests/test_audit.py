@@ -324,6 +324,17 @@ def test_evidence_of_another_artifact_is_refused(run: Run, precomputed: Ran, tmp
     assert "not of doc.fast" in ran.err
 
 
+def test_an_audit_can_ask_for_a_signature(
+    run: Run, precomputed: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVBUY_KEYS", str(tmp_path / "keys"))
+    assert run("audit", "--model", "model", "--require-signature").code == 3
+    run("keys", "new", "--owner", "Ann")
+    run("sign")
+    ran = run("audit", "--model", "model", "--require-signature")
+    assert (ran.code, "signed by: trusted key" in ran.err) == (0, True)
+
+
 def test_an_audit_says_what_it_means(run: Run, precomputed: Ran) -> None:
     shown = run("audit", "--model", "model", "--seed", "1")
     assert shown.code == 0
