@@ -6,8 +6,6 @@ earnest, differs in the block where the histories part. The choice comes from th
 digest is fixed. What it found is an evidence file that anybody can run again.
 """
 
-import random
-import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from kvbuy.evidence import (
     BlockEvidence,
     Envelope,
     Evidence,
+    choose_blocks,
     envelope_path,
     judge,
     measure_residual,
@@ -115,16 +114,6 @@ def _refuse_others(artifact: Artifact, model: Model) -> None:
     if reason := find_contradiction(artifact, model.tokenizer):
         raise DamagedError(f"{artifact.path.name}: {reason}", hint="it is not what it says: do not use it")
     refuse_foreign_shapes(artifact.manifest, model)
-
-
-def choose_seed(seed: int | None) -> int:
-    """A seed that nobody could know before, unless one is given."""
-    return secrets.randbits(62) if seed is None else seed
-
-
-def choose_blocks(count: int, wanted: int, *, seed: int) -> list[int]:
-    """`wanted` of `count` blocks (all, where that is fewer), in order; equal seeds choose equal ones."""
-    return sorted(random.Random(seed).sample(range(count), k=min(wanted, count)))
 
 
 def _recompute(

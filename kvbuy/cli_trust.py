@@ -1,5 +1,6 @@
 """The command line of trust: `kvbuy sign`, `audit`, `push`, `pull`, and the group `keys`, a short recipe each."""
 
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,19 @@ if TYPE_CHECKING:
 
 KeyArgument = Annotated[str, typer.Argument(metavar="KEY", help="How its id begins.")]
 RepoArgument = Annotated[str, typer.Argument(metavar="REPO", help="USER/NAME[@REVISION][/ARTIFACT] on the Hub.")]
+
+BlockSeedOption = Annotated[
+    int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Chooses them. [default: at random]")
+]
+CalibrateOption = Annotated[
+    bool, typer.Option("--calibrate", help="This one, of another profile, is honest: measure how far it is off.")
+]
+AuditForceOption = Annotated[
+    bool, typer.Option("--force", help="Replace the evidence; calibrate on what nobody signed whom you trust.")
+]
+EvidenceOption = Annotated[
+    Path | None, typer.Option("--out", help="Evidence file. [default: ARTIFACT.audit-SEED.json]")
+]
 
 keys_app = typer.Typer(help="Keys: who may sign, and whom you trust.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -65,15 +79,11 @@ def sign(
 def audit(
     artifact: ArtifactArgument = None,
     blocks: Annotated[int, typer.Option("--blocks", min=1, help="How many to compute again.")] = 1,
-    seed: Annotated[
-        int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Chooses them. [default: at random]")
-    ] = None,
+    seed: BlockSeedOption = None,
     replay: Annotated[Path | None, typer.Option("--replay", help="Run this evidence again.")] = None,
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="This one, of another profile, is honest: measure how far it is off.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Calibrate on what nobody signed whom you trust.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Evidence file. [default: ARTIFACT.audit.json]")] = None,
+    calibrate: CalibrateOption = False,
+    force: AuditForceOption = False,
+    out: EvidenceOption = None,
     require_signature: RequireOption = False,
     model: ModelOption = None,
     adapter: AdapterOption = None,
@@ -85,8 +95,8 @@ def audit(
     Exit 3 unless it is. Example: kvbuy audit --blocks 2
     """
     from kvbuy import render, render_trust
-    from kvbuy.artifact import Artifact
-    from kvbuy.evidence import read_evidence, write_evidence
+    from kvbuy.artifact import Artifact, refuse_unwritable
+    from kvbuy.evidence import read_evidence, refuse_foreign_evidence, write_evidence
     from kvbuy.keys import KeyRing
     from kvbuy.places import find_artifact
     from kvbuy.sign import find_signers
@@ -100,9 +110,13 @@ def audit(
         render.say(render_trust.signer_words(signers))
     given = None if replay is None else read_evidence(replay)
     if given is not None:
-        render_trust.refuse_other_artifact(given, opened)
+        refuse_foreign_evidence(given, opened)
+    chosen = given.seed if given else secrets.randbits(62) if seed is None else seed  # nobody knew it before
+    where = out or (None if given else opened.path.with_name(f"{opened.path.name}.audit-{chosen}.json"))
+    if where is not None and not calibrate:
+        refuse_unwritable(where, force=force)
 
-    from kvbuy.audit import audit, choose_seed
+    from kvbuy.audit import audit
     from kvbuy.audit import calibrate as measure_envelope
     from kvbuy.models import find_model_for
 
@@ -113,12 +127,10 @@ def audit(
             render_trust.show_envelope(envelope, path, as_json=json)
             return
         count = blocks if given is None else len(given.blocks)
-        chosen = choose_seed(seed) if given is None else given.seed
         found = audit(opened, loaded, blocks=count, seed=chosen, progress=progress)
-    where = out or opened.path.with_name(f"{opened.path.name}.audit.json")
-    if given is None or out is not None:
+    if where is not None:
         write_evidence(where, found)
-    raise typer.Exit(render_trust.show_evidence(found, given, None if given and not out else where, as_json=json))
+    raise typer.Exit(render_trust.show_evidence(found, given, where, as_json=json))
 
 
 def push(
@@ -137,11 +149,13 @@ def push(
     """
     from kvbuy import render
     from kvbuy.artifact import Artifact
+    from kvbuy.errors import UsageError
     from kvbuy.hub import parse_address
     from kvbuy.publish import Terms, push_artifact
 
     address = parse_address(repo)
-
+    if address.revision or address.name:
+        raise UsageError(f"{repo} names more than a repository", hint=f"kvbuy push {artifact} {address.repo}")
     terms = Terms(
         private=private,
         gated=gated,

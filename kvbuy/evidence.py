@@ -7,22 +7,24 @@ is held against an envelope that was measured for this very pair, on an artifact
 """
 
 import hashlib
+import random
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 import kvbuy
 from kvbuy.artifact import Artifact
 from kvbuy.codec.arrays import Array
-from kvbuy.errors import DamagedError, StoreError
+from kvbuy.errors import DamagedError, StoreError, UsageError
 from kvbuy.manifest import Fingerprint, Profile
 from kvbuy.parts import Count, Digest, FileName, FloatType, Label, Part, Positive
 from kvbuy.places import cache_folder
 from kvbuy.plausible import Plausibility, as_floats, describe
+from kvbuy.records import parse_record, read_limited
 from kvbuy.whole import write_whole
 
 AuditVerdict = Literal["exact", "consistent", "inconsistent", "unknown profile"]
@@ -105,6 +107,28 @@ class Evidence(Part):
         if self.profile == other.profile and self.blocks != other.blocks:
             return False
         return (self.artifact, self.verdict, self.failed_blocks) == (other.artifact, other.verdict, other.failed_blocks)
+
+
+def choose_blocks(count: int, wanted: int, *, seed: int) -> list[int]:
+    """`wanted` of `count` blocks (all, where that is fewer), in order; equal seeds choose equal ones."""
+    return sorted(random.Random(seed).sample(range(count), k=min(wanted, count)))
+
+
+def refuse_foreign_evidence(evidence: Evidence, artifact: Artifact) -> None:
+    """Say that evidence cannot be run again on an artifact.
+
+    Raises:
+        UsageError: it is of another artifact.
+        DamagedError: its blocks are not those that its seed chooses.
+    """
+    if evidence.artifact != artifact.id:
+        raise UsageError(
+            f"the evidence is of {evidence.name}, id {evidence.artifact[:12]}, not of {artifact.path.name}",
+            hint="name the artifact that it is of: kvbuy audit ARTIFACT --replay FILE",
+        )
+    chosen = choose_blocks(len(artifact.manifest.blocks), len(evidence.blocks), seed=evidence.seed)
+    if [one.index for one in evidence.blocks] != chosen:
+        raise DamagedError("the evidence's blocks are not those that its seed chooses", hint="do not believe it")
 
 
 def judge(
@@ -204,14 +228,4 @@ def envelope_path(fingerprint: Fingerprint, made_on: Profile, here: Profile) -> 
 
 
 def _read(kind: type[P], path: Path) -> P:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_FILE)
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        return kind.model_validate_json(raw)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))[:80] or "it"
-        raise DamagedError(f"{path.name} is no {kind.__name__.lower()}: {where}: {first['msg'][:200]}") from error
+    return parse_record(kind, read_limited(path, limit=MAX_FILE), name=path.name)

@@ -157,9 +157,8 @@ def publish(
 ) -> str:
     """Upload files, large ones first and apart, and show them all in one commit on top of `parent`; its address.
 
-    The same commit takes away the files that are `stale`.
-
-    Readers see all of them or none. What a broken try has uploaded is not sent again.
+    The same commit takes away the files that are `stale`. Readers see all of it or nothing, and what a broken try has
+    uploaded is not sent again.
 
     Raises:
         StoreError: not for you, out of reach, or somebody else has committed since `parent`.

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from kvbuy.errors import DamagedError, ExistsError, StoreError, UsageError
 from kvbuy.parts import Digest, Label, Part, canonical_json
+from kvbuy.records import parse_canonical, read_limited
 from kvbuy.whole import write_whole
 
 Trust = Literal["trusted", "unknown", "expired", "revoked"]
@@ -300,17 +301,4 @@ def read_time(text: str) -> datetime:
 
 
 def _read(kind: type[P], path: Path) -> P:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_FILE + 1)
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        record = kind.model_validate_json(raw[:MAX_FILE])
-        if record.canonical() == raw:
-            return record
-        raise DamagedError(f"{path.name} is not canonical JSON", hint="get the file again as it was")
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))[:80] or "it"
-        raise DamagedError(f"{path.name} is no {kind.__name__}: {where}: {first['msg'][:200]}") from error
+    return parse_canonical(kind, read_limited(path, limit=MAX_FILE), name=path.name)

@@ -8,7 +8,7 @@ since only this one file is looked at. Needs the extra `openssf`.
 from pathlib import Path
 
 from kvbuy.artifact import SUFFIX
-from kvbuy.errors import DamagedError, KvbuyError, StoreError, refuse_without
+from kvbuy.errors import DamagedError, StoreError, refuse_without
 
 OPENSSF_SUFFIX = ".kv.openssf.sig"
 
@@ -54,7 +54,5 @@ def verify_openssf(artifact: Path, public_key: Path) -> None:
             raise StoreError(f"there is no {path}", hint="kvbuy sign ARTIFACT --openssf KEY.pem makes a bundle")
     try:
         verifying.Config().use_elliptic_key_verifier(public_key=public_key).verify(artifact.resolve(), bundle)
-    except KvbuyError:
-        raise
     except Exception as error:  # the library lets those of several others through
         raise DamagedError(f"{bundle.name} does not verify with {public_key}: {error}") from error

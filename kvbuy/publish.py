@@ -111,11 +111,8 @@ def _card_facts(pinned: Pinned) -> dict[str, Any]:
     return card_metadata(download(pinned, "README.md")) if "README.md" in pinned.files else {}
 
 
-def write_card(
-    repo: str, manifests: dict[str, Manifest], terms: Terms, *, before: Mapping[str, Any] | None = None
-) -> str:
+def write_card(repo: str, manifests: dict[str, Manifest], terms: Terms, *, before: Mapping[str, Any]) -> str:
     """README.md: the model card; what `terms` leave open stays as it was `before`."""
-    before = before or {}
     first = next(iter(manifests.values()))
     base = terms.base_model or before.get("base_model") or (first.model.name if "/" in first.model.name else None)
     license = terms.document_license or before.get("license")

@@ -19,7 +19,14 @@ from kvbuy.hub import Address, Pinned, download, pin, read_range
 from kvbuy.keys import KeyRing
 from kvbuy.parts import FILE_NAME
 from kvbuy.reader import Reader, check_contents
-from kvbuy.sign import SIGNATURE_SUFFIX, judge_signatures, read_limited, require_signature, signature_path
+from kvbuy.sign import (
+    SIGNATURE_SUFFIX,
+    find_signers,
+    judge_signatures,
+    read_signatures,
+    require_signature,
+    signature_path,
+)
 from kvbuy.store import stored_spans
 from kvbuy.whole import sync_folder, write_whole
 
@@ -82,6 +89,8 @@ def pull_artifact(pinned: Pinned, name: str, out: Path, *, force: bool = False, 
         ExistsError, StoreError: it cannot be fetched or written.
     """
     if not force and (there := _open_equal(pinned, name, out)) is not None:
+        if ring is not None:
+            require_signature(name, find_signers(there, ring))
         count = len(there.manifest.blocks)
         return Pulled(path=out, commit=pinned.commit, blocks=count, of_blocks=count)
     refuse_unwritable(out, force=force)
@@ -90,7 +99,7 @@ def pull_artifact(pinned: Pinned, name: str, out: Path, *, force: bool = False, 
     for again in (False, True):
         source = download(pinned, name, again=again)
         try:
-            _copy_checked(pinned, source, out, force=force, ring=ring)
+            _copy_checked(pinned, name, source, out, force=force, ring=ring)
         except DamagedError:
             if again:
                 raise
@@ -174,7 +183,6 @@ def _alone(out: Path) -> Iterator[None]:
             yield
     except OSError as error:
         raise StoreError(f"cannot write beside {out}: {error.strerror}") from error
-    Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _finish_part(pinned: Pinned, name: str, out: Path, *, force: bool, ring: KeyRing | None) -> Pulled:
@@ -185,7 +193,7 @@ def _finish_part(pinned: Pinned, name: str, out: Path, *, force: bool, ring: Key
         done = _pull_blocks(pinned, name, out, range(count), lambda _, __, ___: None)
         artifact = Artifact.open(part)
         check_contents(artifact)
-        _take_place(pinned, artifact, out, force=force, ring=ring)
+        _take_place(pinned, name, artifact, out, force=force, ring=ring)
         try:
             os.replace(part, out)
             sync_folder(out.parent)
@@ -235,21 +243,21 @@ def _fetch(pinned: Pinned, name: str, artifact: Artifact, span: tuple[int, int])
         raise StoreError(f"cannot write {artifact.path}: {error.strerror}", hint="what came is kept") from error
 
 
-def _copy_checked(pinned: Pinned, source: Path, out: Path, *, force: bool, ring: KeyRing | None) -> None:
+def _copy_checked(pinned: Pinned, name: str, source: Path, out: Path, *, force: bool, ring: KeyRing | None) -> None:
     def check() -> None:
         artifact = Artifact.open(Path(file.name))
         check_contents(artifact)
-        _take_place(pinned, artifact, out, force=force, ring=ring)
+        _take_place(pinned, name, artifact, out, force=force, ring=ring)
 
     with write_whole(out, last_check=check) as file, source.open("rb") as original:
         shutil.copyfileobj(original, file)
 
 
-def _take_place(pinned: Pinned, artifact: Artifact, out: Path, *, force: bool, ring: KeyRing | None) -> None:
+def _take_place(pinned: Pinned, name: str, artifact: Artifact, out: Path, *, force: bool, ring: KeyRing | None) -> None:
     """Just before an artifact gets its name: its signatures come first, so that nobody sees it without them."""
     refuse_unwritable(out, force=force)
-    name = out.name.removesuffix(SUFFIX) + SIGNATURE_SUFFIX
-    raw = read_limited(download(pinned, name)) if name in pinned.files else None
+    signatures = name.removesuffix(SUFFIX) + SIGNATURE_SUFFIX
+    raw = read_signatures(download(pinned, signatures)) if signatures in pinned.files else None
     signers = () if raw is None else judge_signatures(raw, artifact, ring or KeyRing.here())
     if ring is not None:
         require_signature(out.name, signers)

@@ -5,11 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvbuy.errors import DamagedError, UsageError
 from kvbuy.render import Json, plain_table, print_json, print_table
 
 if TYPE_CHECKING:
-    from kvbuy.artifact import Artifact
     from kvbuy.evidence import Envelope, Evidence
     from kvbuy.keys import KeyRing, PublicKey
     from kvbuy.pull import Pulled
@@ -31,20 +29,6 @@ def signer_json(signers: "Sequence[Signer]") -> list[Json]:
 def signer_words(signers: "Sequence[Signer]") -> str:
     """Who signed, a line each."""
     return "\n".join(f"signed by: {signer}" for signer in signers) if signers else "not signed"
-
-
-def refuse_other_artifact(evidence: "Evidence", artifact: "Artifact") -> None:
-    """Raise UsageError where evidence is of another artifact than the one to audit."""
-    from kvbuy.audit import choose_blocks
-
-    chosen = choose_blocks(len(artifact.manifest.blocks), len(evidence.blocks), seed=evidence.seed)
-    if evidence.artifact == artifact.id and [one.index for one in evidence.blocks] != chosen:
-        raise DamagedError("the evidence's blocks are not those that its seed chooses", hint="do not believe it")
-    if evidence.artifact != artifact.id:
-        raise UsageError(
-            f"the evidence is of {evidence.name}, id {evidence.artifact[:12]}, not of {artifact.path.name}",
-            hint="name the artifact that it is of: kvbuy audit ARTIFACT --replay FILE",
-        )
 
 
 def show_evidence(found: "Evidence", given: "Evidence | None", path: Path | None, *, as_json: bool) -> int:

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from kvbuy.artifact import SUFFIX, Artifact
-from kvbuy.errors import DamagedError, StoreError, UntrustedError
+from kvbuy.errors import DamagedError, UntrustedError
 from kvbuy.keys import KeyRing, OwnKey, PublicKey, Signature, Trust
 from kvbuy.parts import Part
+from kvbuy.records import parse_canonical, read_limited
 from kvbuy.whole import write_whole
 
 SIGNATURE_SUFFIX = ".kv.sig.json"
@@ -66,7 +67,9 @@ def sign_artifact(artifact: Artifact, own: OwnKey) -> Path:
         StoreError: they cannot be written.
     """
     path = signature_path(artifact.path)
-    before = _parse_envelope(read_limited(path), artifact).signatures if find_signers(artifact, KeyRing.here()) else ()
+    before = (
+        _parse_envelope(read_signatures(path), artifact).signatures if find_signers(artifact, KeyRing.here()) else ()
+    )
     mine = Signed(keyid=own.key.id, sig=own.sign(_message(artifact)), key=own.key)
     others = tuple(one for one in before if one.key.id != own.key.id)
     envelope = Envelope(
@@ -87,7 +90,7 @@ def find_signers(artifact: Artifact, ring: KeyRing) -> tuple[Signer, ...]:
         StoreError: the file cannot be read.
     """
     path = signature_path(artifact.path)
-    return judge_signatures(read_limited(path), artifact, ring) if path.exists() else ()
+    return judge_signatures(read_signatures(path), artifact, ring) if path.exists() else ()
 
 
 def check_signers(path: Path, *, required: bool) -> tuple[Artifact | None, tuple[Signer, ...]]:
@@ -97,7 +100,7 @@ def check_signers(path: Path, *, required: bool) -> tuple[Artifact | None, tuple
     where the file is no artifact.
 
     Raises:
-        DamagedError: a signature is not its key's or of another artifact; with `required`, the file is no artifact.
+        DamagedError: a signature is not its key's; with `required`, the file is no artifact.
         UntrustedError: it is `required`, and nobody whom this machine trusts has signed it.
         StoreError: a file cannot be read.
     """
@@ -156,28 +159,18 @@ def _message(artifact: Artifact) -> bytes:
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
 
-def read_limited(path: Path) -> bytes:
-    """A file of signatures, as much of it as one may have (StoreError)."""
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_FILE)
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror}") from error
+def read_signatures(path: Path) -> bytes:
+    """A file of signatures, whoever it is from (StoreError, DamagedError: it is too long)."""
+    return read_limited(path, limit=MAX_FILE)
 
 
 def _parse_envelope(raw: bytes, artifact: Artifact) -> Envelope:
     name = signature_path(artifact.path).name
+    envelope = parse_canonical(Envelope, raw, name=name)
     try:
-        envelope = Envelope.model_validate_json(raw)
-        if envelope.canonical() != raw:
-            raise DamagedError(f"{name} is not canonical JSON", hint="get the file again as it was")
         payload = b64decode(envelope.payload, validate=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))[:80] or "it"
-        raise DamagedError(f"{name} holds no signatures: {where}: {first['msg'][:200]}") from error
     except Base64Error as error:
-        raise DamagedError(f"{name} holds no signatures: its payload is not base64") from error
+        raise DamagedError(f"{name}: its payload is not base64") from error
     if b64encode(payload).decode() != envelope.payload:
         raise DamagedError(f"{name} is not canonical base64", hint="get the file again as it was")
     return envelope

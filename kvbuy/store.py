@@ -27,7 +27,7 @@ from kvbuy.manifest import Manifest
 from kvbuy.parts import Count, Digest, FileName, Part
 from kvbuy.places import cache_folder
 from kvbuy.reader import check_contents
-from kvbuy.sign import read_limited, signature_path
+from kvbuy.sign import read_signatures, signature_path
 from kvbuy.whole import TEMPORARY, sync_folder, write_whole
 
 CHUNK = 2**20
@@ -115,7 +115,9 @@ class Store:
         with self._sharing():
             pieces = tuple(self._keep(_read_span(artifact.path, start, size)) for start, size in _spans(artifact))
             signatures = signature_path(artifact.path)
-            signed = self._keep([read_limited(signatures)]) if signatures.exists() else self._signatures_of(artifact.id)
+            signed = (
+                self._keep([read_signatures(signatures)]) if signatures.exists() else self._signatures_of(artifact.id)
+            )
             entry = _sealed(id=artifact.id, name=artifact.path.name, pieces=pieces, signatures=signed)
             with write_whole(self._entry_path(entry.id)) as file:
                 file.write(entry.canonical())
@@ -186,7 +188,7 @@ class Store:
             DamagedError: an entry is not readable: what it needs cannot be known, so nothing is removed.
             StoreError: another process uses the store for longer than it is patient, or it cannot be written.
         """
-        with self._alone(), self._writing():
+        with self._alone():
             sync_folder(self.entries_folder)  # no removed entry may come back once its objects are gone
             entries, unreadable = self._read_entries()
             if unreadable:
@@ -295,6 +297,7 @@ class Store:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
+        """While nobody else uses the store."""
         with self._writing(), self._lock.write_lock():
             yield
 

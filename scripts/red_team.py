@@ -20,11 +20,13 @@ import torch
 from kvbuy import render
 from kvbuy.artifact import Artifact, content_digest, write_artifact
 from kvbuy.audit import audit
-from kvbuy.cache import block_arrays, empty_cache, fill_rows, reserve_cache
+from kvbuy.bench import cut_text
+from kvbuy.cache import DTYPES, block_arrays, empty_cache, fill_rows, reserve_cache
 from kvbuy.codec.arrays import Array, head_views
 from kvbuy.decode import greedy
 from kvbuy.docstrings import help_texts
 from kvbuy.errors import DamagedError
+from kvbuy.lossy import INT8_MOST, Encoding, fp8_per_tensor, int8_per_channel
 from kvbuy.manifest import chain_blocks
 from kvbuy.models import Model, load_model
 from kvbuy.prefill import make_receipt, precompute, prefill
@@ -33,7 +35,6 @@ from kvbuy.replay import replay_receipt
 from kvbuy.reuse import load_document
 
 SWAPPED = 32  # tokens of another history
-INT8_MOST, FP8_MOST = 127, 448.0
 Blocks = list[list[torch.Tensor]]  # a block's keys and values [heads, rows, dim] in file order
 
 
@@ -65,9 +66,9 @@ def forgeries(model: Model, honest: Artifact, other: Artifact) -> Iterator[tuple
     swapped = compute(model, history, size)
     yield "32 tokens of another history, one block", [*blocks[:middle], swapped[middle], *blocks[middle + 1 :]]
     yield "the same, all later blocks computed from it", swapped
-    yield "int8, a scale a vector", [[int8(tensor, -1) for tensor in block] for block in blocks]
-    yield "int8, a scale a channel", [[int8(tensor, -2) for tensor in block] for block in blocks]
-    yield "fp8", [[fp8(tensor) for tensor in block] for block in blocks]
+    yield "int8, a scale a vector", [[int8_per_vector(tensor) for tensor in block] for block in blocks]
+    yield "int8, a scale a channel", [encoded(block, int8_per_channel) for block in blocks]
+    yield "fp8", [encoded(block, fp8_per_tensor) for block in blocks]
     yield "another document's block", [*blocks[:middle], read_blocks(other)[middle], *blocks[middle + 1 :]]
     yield "another layer's block", changed(blocks, middle, lambda tensors: exchange(tensors))
     with perturbed(model.model, 0.01):
@@ -98,9 +99,8 @@ def examine(model: Model, name: str, artifact: Artifact, wanted: Sequence[int]) 
 @torch.no_grad()
 def red_team(model: Model, folder: Path, *, tokens: int, block_size: int) -> list[Finding]:
     """The whole table."""
-    text = help_texts()
-    ends = [end for _, end in model.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]
-    first, second = text[: ends[tokens - 1]], text[ends[tokens] : ends[2 * tokens]]
+    [first, both] = cut_text(model, help_texts(), [tokens, 2 * tokens])
+    second = both[len(first) :]
     made = [
         precompute(one, folder / f"{name}.kv.safetensors", model=model, name=name, block_size=block_size).artifact
         for name, one in (("doc", first), ("other", second))
@@ -149,7 +149,7 @@ def compute(model: Model, ids: Sequence[int], block_size: int) -> Blocks:
 
 
 def read_blocks(artifact: Artifact) -> Blocks:
-    dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[artifact.manifest.fingerprint.dtype]
+    dtype = DTYPES[artifact.manifest.fingerprint.dtype]
     return [[torch.from_numpy(x.copy()).view(dtype) for x in block] for block in Reader.open(artifact).load_blocks()]
 
 
@@ -189,14 +189,16 @@ def exchange(tensors: list[torch.Tensor]) -> None:
     tensors[0:2], tensors[2:4] = tensors[2:4], tensors[0:2]
 
 
-def int8(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    scale = tensor.float().abs().amax(dim=dim, keepdim=True).clamp(min=1e-12) / INT8_MOST
+def int8_per_vector(tensor: torch.Tensor) -> torch.Tensor:
+    scale = tensor.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / INT8_MOST
     return ((tensor.float() / scale).round() * scale).to(tensor.dtype)
 
 
-def fp8(tensor: torch.Tensor) -> torch.Tensor:
-    scale = tensor.float().abs().amax().clamp(min=1e-12) / FP8_MOST
-    return ((tensor.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(tensor.dtype)
+def encoded(block: list[torch.Tensor], encode: Encoding) -> list[torch.Tensor]:
+    """A block as an encoding that changes tensors in place leaves it."""
+    copy = [tensor.clone() for tensor in block]
+    encode(copy)
+    return copy
 
 
 class perturbed:

@@ -13,11 +13,13 @@ import torch
 from conftest import TEXT, Ran, Run, SaveModel
 from hypothesis import given
 from hypothesis import strategies as st
+from test_cache import gemma3
 
 from kvbuy.artifact import Artifact
-from kvbuy.audit import audit, calibrate, choose_blocks
+from kvbuy.audit import audit, calibrate
 from kvbuy.errors import DamagedError, ExistsError, MisfitError, UsageError
-from kvbuy.evidence import Envelope, Residual, measure_residual, read_evidence, survival
+from kvbuy.evidence import Envelope, Residual, choose_blocks, measure_residual, read_evidence, survival
+from kvbuy.lossy import fp8_per_tensor, int8_per_channel
 from kvbuy.models import Model, load_model
 from kvbuy.plausible import find_lattices, judge_numbers
 from kvbuy.prefill import Precomputed, precompute
@@ -135,22 +137,7 @@ def test_a_damaged_artifact_is_not_audited(made: Precomputed, llama: Model) -> N
 
 
 def test_a_model_with_windows_is_refused_with_the_way_out(save_model: SaveModel, tmp_path: Path) -> None:
-    from transformers import Gemma3TextConfig
-
-    config = Gemma3TextConfig(
-        vocab_size=257,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        sliding_window=32,
-        layer_types=["sliding_attention", "full_attention"],
-        max_position_embeddings=2048,
-        eos_token_id=256,
-    )
-    model = load_model(str(save_model(config)))
+    model = load_model(str(save_model(gemma3())))
     made = precompute(TEXT[:100], tmp_path / "g.kv.safetensors", model=model, name="x", block_size=32)
     with pytest.raises(UsageError, match="cannot start in the middle") as error:
         audit(made.artifact, model, blocks=1, seed=0)
@@ -267,9 +254,10 @@ def test_computed_numbers_lie_on_no_grid(dtype: Any) -> None:
     tensors = [torch.randn(2, 100, 64) * scale for scale in (0.01, 1.0, 30.0)]
     arrays = [red_team.as_array(tensor.to(kinds[dtype])) for tensor in tensors]
     assert list(find_lattices(arrays, 0, dtype=dtype)) == []
-    for forge in (lambda x: red_team.int8(x, -1), lambda x: red_team.int8(x, -2), red_team.fp8):
-        arrays = [red_team.as_array(forge(tensor.to(kinds[dtype]))) for tensor in tensors]
-        assert list(find_lattices(arrays, 0, dtype=dtype)) != []
+    typed = [tensor.to(kinds[dtype]) for tensor in tensors]
+    forgeries = [red_team.encoded(typed, encode) for encode in (int8_per_channel, fp8_per_tensor)]
+    for forged in (*forgeries, [red_team.int8_per_vector(tensor) for tensor in typed]):
+        assert list(find_lattices([red_team.as_array(tensor) for tensor in forged], 0, dtype=dtype)) != []
 
 
 def test_constants_have_too_little_entropy() -> None:
@@ -292,6 +280,7 @@ def test_the_verb_writes_evidence_that_can_be_run_again(run: Run, precomputed: R
     assert (ran.code, ran.json["verdict"], ran.json["blocks_checked"], ran.json["failed_blocks"]) == (0, "exact", 2, [])
     path = tmp_path / ran.json["evidence"]
     assert read_evidence(path).seed == 5
+    assert "there already" in run("audit", "--model", "model", "--seed", "5").err
     again = run("audit", "--model", "model", "--replay", str(path), "--json")
     assert (again.code, again.json["agrees"]) == (0, True)
     lying = path.read_text().replace('"verdict": "exact"', '"verdict": "inconsistent"')
@@ -317,9 +306,9 @@ def test_calibrating_asks_for_somebody_who_answers_for_it(
 
 
 def test_evidence_of_another_artifact_is_refused(run: Run, precomputed: Ran, tmp_path: Path) -> None:
-    run("audit", "--model", "model")
+    run("audit", "--model", "model", "--seed", "3")
     run("convert", "doc.kv.safetensors")
-    ran = run("audit", "doc.fast.kv.safetensors", "--model", "model", "--replay", "doc.kv.safetensors.audit.json")
+    ran = run("audit", "doc.fast.kv.safetensors", "--model", "model", "--replay", "doc.kv.safetensors.audit-3.json")
     assert ran.code == 2
     assert "not of doc.fast" in ran.err
 

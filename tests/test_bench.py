@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TEXT, Ran, Run, SaveModel
+from test_cache import gemma3, lfm2
 
 from kvbuy.bench import LENGTHS, Plan, choose_lengths, cut_text, run_bench
 from kvbuy.bench.baselines import measure_llama_cpp, measure_vllm
@@ -91,42 +92,14 @@ def test_a_coded_artifact_is_measured_too(llama: Model, codec: str) -> None:
 
 
 def test_a_recurrent_model_is_measured(save_model: SaveModel) -> None:
-    from transformers import Lfm2Config
-
-    config = Lfm2Config(
-        vocab_size=257,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        layer_types=["conv", "full_attention"],
-        max_position_embeddings=2048,
-        eos_token_id=256,
-    )
-    model = load_model(str(save_model(config)))
+    model = load_model(str(save_model(lfm2())))
     run = run_bench(model, TEXT, Plan(lengths=(70,), repeats=2, block_size=32), name="x")
     assert run.rows[0].exact
     assert {missing.name for missing in run.missing} >= {"transformers, torch.save", "transformers, safetensors"}
 
 
 def test_a_model_with_windows_is_measured(save_model: SaveModel) -> None:
-    from transformers import Gemma3TextConfig
-
-    config = Gemma3TextConfig(
-        vocab_size=257,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        sliding_window=32,
-        layer_types=["sliding_attention", "full_attention"],
-        max_position_embeddings=2048,
-        eos_token_id=256,
-    )
-    model = load_model(str(save_model(config)))
+    model = load_model(str(save_model(gemma3())))
     run = run_bench(model, TEXT, Plan(lengths=(70,), repeats=1, block_size=32), name="x")
     assert run.rows[0].exact
 

@@ -126,7 +126,7 @@ def test_an_h100_s_price_for_another_machine_s_time_is_pointed_out(run: Run, ben
 
 def test_a_machine_of_which_nothing_is_said_is_priced_aloud(run: Run) -> None:
     assert "taken to cost as an H100" in run("cost", *GIVEN).out
-    assert "taken to cost" not in run("cost", *GIVEN, "--gpu", "H100").out.replace("Users are taken", "")
+    assert "taken to cost" not in run("cost", *GIVEN, "--gpu", "H100").out
 
 
 def test_a_price_of_ones_own_is_taken_for_the_machine_s(tmp_path: Path) -> None:

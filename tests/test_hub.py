@@ -125,7 +125,7 @@ def test_a_later_push_keeps_what_the_card_said(kvbuy: Kvbuy, hub: Hub, artifact:
     assert "license: gpl-3.0" in card
     assert "base_model: Qwen/Qwen3-4B" in card
     assert "The document: gpl-3.0. The model: mit." in card
-    assert kvbuy("push", NAME, "docs").returncode == 2
+    assert kvbuy("push", NAME, "docs").returncode == kvbuy("push", NAME, "ann/docs@main").returncode == 2
 
 
 def test_what_is_here_already_is_not_fetched_again(
@@ -137,6 +137,8 @@ def test_what_is_here_already_is_not_fetched_again(
     pulled = kvbuy("pull", "ann/docs", "--out", "there")
     assert pulled.returncode == 0, pulled.stderr
     assert (tmp_path / "there" / "second.kv.safetensors").exists()
+    untrusted = kvbuy("pull", "ann/docs", "--out", "there", "--require-signature")
+    assert (untrusted.returncode, "is not signed" in untrusted.stderr) == (3, True)
     (tmp_path / "there" / NAME).write_bytes(b"another")
     assert "there already" in kvbuy("pull", "ann/docs", "--out", "there").stderr
 

@@ -25,6 +25,7 @@ LIGHT = [
     "fingerprint",
     "places",
     "keys",
+    "records",
     "sign",
     "subject",
     "cli_trust",

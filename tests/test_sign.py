@@ -41,6 +41,18 @@ def trust_of(artifact: Artifact, ring: KeyRing) -> list[str]:
     return [signer.trust for signer in find_signers(artifact, ring)]
 
 
+def let_pass(monkeypatch: pytest.MonkeyPatch, *, days: int) -> None:
+    """Let so many days go by for keys."""
+    later = datetime.now(UTC) + timedelta(days=days)
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
+            return later
+
+    monkeypatch.setattr("kvbuy.keys.datetime", Later)
+
+
 def test_a_signature_is_known_by_its_key(artifact: Artifact, own: OwnKey, publisher: KeyRing, buyer: KeyRing) -> None:
     sign_artifact(artifact, own)
     assert trust_of(artifact, publisher) == ["trusted"]
@@ -104,14 +116,7 @@ def test_signing_that_fails_anywhere_leaves_the_signatures_that_were_there(
 def test_an_expired_key_is_not_trusted(artifact: Artifact, publisher: KeyRing, monkeypatch: pytest.MonkeyPatch) -> None:
     own = publisher.make("Ann", days=1)
     sign_artifact(artifact, own)
-    later = datetime.now(UTC) + timedelta(days=2)
-
-    class Later(datetime):
-        @classmethod
-        def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
-            return later
-
-    monkeypatch.setattr("kvbuy.keys.datetime", Later)
+    let_pass(monkeypatch, days=2)
     assert trust_of(artifact, publisher) == ["expired"]
     with pytest.raises(UsageError, match="is expired"):
         publisher.choose(None)
@@ -131,14 +136,7 @@ def test_whoever_stole_an_expired_key_cannot_write_it_a_longer_life(
     longer = longer.model_copy(update={"signature": own.sign(longer.signed_bytes())})
     sign_artifact(artifact, OwnKey(key=longer, secret=own.secret))
     assert trust_of(artifact, buyer) == ["trusted"]
-    later = datetime.now(UTC) + timedelta(days=31)
-
-    class Later(datetime):
-        @classmethod
-        def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
-            return later
-
-    monkeypatch.setattr("kvbuy.keys.datetime", Later)
+    let_pass(monkeypatch, days=31)
     assert trust_of(artifact, buyer) == ["expired"]
 
 
